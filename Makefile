@@ -15,7 +15,7 @@ LESSON_00 := /lab/tree/notebooks/00_start_here.ipynb
 # Jupyter refuses to start as root, who is the only user of most containers.
 ROOT_ARGS := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help lab test doctor setup gpu train evaluate badges clean
+.PHONY: help lab test doctor setup gpu exercises train evaluate badges clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,9 @@ gpu: setup ## flash-attn, on a machine with a CUDA device (optional; builds for 
 	@$(VENV) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "No CUDA device here, and flash-attn needs one. The course works without it.")'
 	$(VENV) -m pip install ninja packaging psutil setuptools wheel
 	$(VENV) -m pip install --no-build-isolation flash-attn
+
+exercises: setup ## exercises/, the students' notebooks, made anew from solutions/
+	@$(VENV) -m course.tasks.release
 
 train: setup ## train the checkpoint again (resumable)
 	@$(VENV) -m minillm.train $(ARGS)

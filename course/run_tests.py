@@ -91,9 +91,10 @@ def notebooks(root: Path = ROOT, folders: Iterable[str] = ("notebooks", "solutio
 
 
 def python_module(*command: str) -> int:
-    # The course runs without a network, so its tests do too.
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=environment).returncode
+    with tempfile.TemporaryDirectory() as folder:
+        # The course runs without a network, so its tests do too; and a test ticks off none of your exercises.
+        own = {"HF_HUB_OFFLINE": "1", "MINILLM_PROGRESS": str(Path(folder, "progress.json"))}
+        return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=os.environ | own).returncode
 
 
 if __name__ == "__main__":

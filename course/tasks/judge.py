@@ -1,0 +1,184 @@
+"""How an answer is judged: called, compared with float64, and its mistake called by its name where it is known."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from course.lesson import error_budget
+from course.tasks.task import NotYet
+from minillm.measure import format_bytes, measure_memory
+
+
+class Mistake(NamedTuple):
+    """A mistake that people make.
+
+    Args:
+        words: what to tell who made it; or a function of the inputs that says it.
+        answer: computes what comes out of that mistake.
+    """
+
+    words: str | Callable[..., str]
+    answer: Callable[..., Any]
+
+
+def compare(
+    function: Callable,
+    inputs: Sequence[Any],
+    answer: Callable,
+    *,
+    results: dict[str, tuple[str, ...]],
+    mistakes: Iterable[Mistake] = (),
+    otherwise: str = "",
+) -> None:
+    """Calls the answer on inputs and compares what it returns with the right one, within the error budget.
+
+    Args:
+        function: the answer to judge.
+        inputs: its arguments.
+        answer: the right one, in any float dtype: float64 is the reference, the inputs' own dtype the naive method.
+        results: for each result its name, and what its axes are called.
+        mistakes: to be recognised, the likeliest first.
+        otherwise: what to say where none is.
+
+    Raises:
+        NotYet: what is wrong.
+    """
+    got = as_tuple(call(function, *inputs))
+    naive = as_tuple(answer(*inputs))
+    reference = as_tuple(answer(*map(_double, inputs)))
+    check_form(got, naive, results)
+    wrong = [i for i in range(len(got)) if not error_budget(got[i], naive[i], reference[i])]
+    if not wrong:
+        return
+    for mistake in mistakes:
+        if _was_made(mistake, inputs, got, naive, reference):
+            words = mistake.words
+            raise NotYet(words if isinstance(words, str) else words(*inputs))
+    worst = wrong[0]
+    name, axes = list(results.items())[worst]
+    where = _largest_error(got[worst], reference[worst], axes)
+    raise NotYet("\n".join(filter(None, [otherwise, f"{name}: {where}"])))
+
+
+def call(function: Callable, *inputs: Any) -> Any:
+    """The answer's result on copies of the inputs.
+
+    Raises:
+        NotYet: it raised something, or it calls an attention that somebody else wrote.
+    """
+    copies = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
+    try:
+        with _OwnWork():
+            return function(*copies)
+    except NotYet:
+        raise
+    except NotImplementedError as error:
+        raise NotYet(str(error) or "nothing is here yet: write it in place of `raise NotImplementedError()`") from None
+    except Exception as error:
+        raise NotYet(_where_raised(error, function)) from None
+
+
+def check_form(got: tuple, expected: tuple[Tensor, ...], results: dict[str, tuple[str, ...]]) -> None:
+    """Raises NotYet where the number of results, a type, a shape or a dtype is not as expected."""
+    if len(got) != len(results):
+        raise NotYet(f"{len(got)} results, expected {len(results)}: {', '.join(results)}")
+    for (name, axes), mine, theirs in zip(results.items(), got, expected, strict=True):
+        if not isinstance(mine, Tensor):
+            raise NotYet(f"{name} is {_type(mine)}, expected a tensor")
+        if mine.shape != theirs.shape:
+            raise NotYet(f"{name} has shape {tuple(mine.shape)}, expected {tuple(theirs.shape)}: ({', '.join(axes)})")
+        if mine.dtype != theirs.dtype:
+            raise NotYet(f"{name} is {mine.dtype}, expected {theirs.dtype}")
+
+
+def extra_memory_below(limit: int, function: Callable, *inputs: Any, words: str) -> None:
+    """Raises NotYet where a call of the answer needs more memory than that, its results included.
+
+    Args:
+        limit: bytes.
+        words: why it is too much.
+    """
+    if hasattr(function, "peak_memory"):  # graded in a process of its own, and measured from outside
+        _, peak = call(lambda *copies: function.peak_memory(*copies), *inputs)
+    else:
+        peak = call(lambda *copies: measure_memory(function, *copies), *inputs).peak_bytes
+    if peak > limit:
+        raise NotYet(f"{words} ({format_bytes(peak)} at a time, allowed {format_bytes(limit)})")
+
+
+def counted(n: int, one: str, more: str = "") -> str:
+    """«1 query», «9 keys»: for the titles of cases."""
+    return f"{n} {one if n == 1 else more or one + 's'}"
+
+
+def as_tuple(result: Any) -> tuple:
+    return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+
+class _OwnWork(TorchFunctionMode):
+    """Says no where an answer hands its work to PyTorch's attention, or to this course's."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if "scaled_dot_product" in name or "flash_attention" in name:
+            raise NotYet(f"it calls {name}: write it with matrix products and elementwise operations")
+        if _caller().startswith("minillm.attention"):
+            raise NotYet("it calls the library's attention: write your own, with torch alone")
+        return func(*args, **(kwargs or {}))
+
+
+def _caller() -> str:
+    """The module of the code that called torch."""
+    frame = sys._getframe(2)
+    while frame.f_back and str(frame.f_globals.get("__name__")).split(".")[0] == "torch":
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__"))
+
+
+def _was_made(mistake: Mistake, inputs: Sequence, got: tuple, naive: tuple, reference: tuple) -> bool:
+    """Whether the answer's results are the mistake's, where these differ from the right ones."""
+    theirs, exact = as_tuple(mistake.answer(*inputs)), as_tuple(mistake.answer(*map(_double, inputs)))
+    right = [error_budget(x, n, r) for x, n, r in zip(theirs, naive, reference, strict=True)]
+    same = [error_budget(g, x, e, factor=8, multiple=64) for g, x, e in zip(got, theirs, exact, strict=True)]
+    return not all(right) and all(same)
+
+
+def _largest_error(got: Tensor, reference: Tensor, axes: tuple[str, ...]) -> str:
+    if got.isnan().any() and not reference.isnan().any():
+        return f"NaN at {_place(got.isnan(), axes)}"
+    error = (got.double() - reference).nan_to_num(nan=0.0).abs()  # inf - inf is no error
+    place = torch.unravel_index(error.argmax(), error.shape)
+    return f"{got[place].item():.4g} at {_name(place, axes)}, expected {reference[place].item():.4g}"
+
+
+def _place(true: Tensor, axes: tuple[str, ...]) -> str:
+    return _name(true.nonzero()[0], axes)
+
+
+def _name(place: Iterable[Tensor], axes: tuple[str, ...]) -> str:
+    return ", ".join(f"{axis} {int(i)}" for axis, i in zip(axes, place, strict=True))
+
+
+def _where_raised(error: Exception, function: Callable) -> str:
+    """Type, message and the learner's own line."""
+    words = f"{type(error).__name__}: {error}"
+    code = getattr(function, "__code__", None)
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if code and frame.filename == code.co_filename and frame.line:
+            return f"{words}\nin the line: {frame.line}"
+    return words if code else str(error)
+
+
+def _double(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _type(x: Any) -> str:
+    return "nothing: is there a `return`?" if x is None else f"a {type(x).__name__}"

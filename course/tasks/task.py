@@ -1,0 +1,111 @@
+"""A task, its cases, and the verdict on an answer."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+
+class NotYet(AssertionError):
+    """An answer that is not right yet. Jupyter shows the words alone, without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        return str(self).splitlines()
+
+
+class Case(NamedTuple):
+    """One situation in which an answer is tried.
+
+    Args:
+        title: the situation in a few words, such as «1 query, 9 keys».
+        judge: called with the answer and a generator for its inputs; raises NotYet where the answer is wrong.
+    """
+
+    title: str
+    judge: Callable[[Callable, torch.Generator], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a learner is asked to write.
+
+    Args:
+        name: of the function.
+        unit: the folder in `solutions/` and `exercises/`.
+        minutes: that it takes.
+        difficulty: 1 to 5.
+        parts: the public cases, by what they are about.
+    """
+
+    name: str
+    unit: str
+    minutes: int
+    difficulty: int
+    parts: dict[str, list[Case]]
+
+    def cases(self, part: str | None = None) -> list[Case]:
+        """The cases of a part, or of all.
+
+        Raises:
+            ValueError: there is no such part.
+        """
+        if part is None:
+            return [case for cases in self.parts.values() for case in cases]
+        if part not in self.parts:
+            raise ValueError(f"{self.name} has no part {part!r}: one of {', '.join(self.parts)}")
+        return self.parts[part]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was right: shown by Jupyter when it ends a cell."""
+
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def run(task: Task, function: Callable, cases: Iterable[Case]) -> Report:
+    """Tries the answer in every case.
+
+    Raises:
+        NotYet: one line a case, with what is wrong under it.
+    """
+    lines: list[str] = []
+    right = wrong = 0
+    for case in cases:
+        try:
+            case.judge(function, _generator(case.title))
+            right += 1
+            lines.append(f"  ✓ {case.title}")
+        except NotYet as complaint:
+            wrong += 1
+            lines.append(f"  ✗ {case.title}")
+            lines += [f"      {line}" for line in str(complaint).splitlines()]
+    if wrong:
+        raise NotYet("\n".join([f"{task.name}: not yet, {wrong} of {right + wrong} cases wrong", *lines]))
+    return Report("\n".join([f"{task.name}: right", *lines]))
+
+
+_seed: ContextVar[int] = ContextVar("seed", default=0)
+
+
+@contextmanager
+def fresh_inputs(seed: int) -> Iterator[None]:
+    """Draws other inputs while the block runs. Grading uses it; a learner always meets the same ones."""
+    token = _seed.set(seed)
+    try:
+        yield
+    finally:
+        _seed.reset(token)
+
+
+def _generator(title: str) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(f"{_seed.get()} {title}".encode()))
