@@ -28,43 +28,55 @@ class Mistake(NamedTuple):
     answer: Callable[..., Any]
 
 
-def compare(
-    function: Callable,
+def compare(function: Callable, inputs: Sequence[Any], answer: Callable, **options: Any) -> None:
+    """Calls the answer on inputs, and compares what it returns with the right one: see `compare_results`."""
+    compare_results(call(function, *inputs), inputs, answer, **options)
+
+
+def compare_results(
+    got: Any,
     inputs: Sequence[Any],
     answer: Callable,
     *,
     results: dict[str, tuple[str, ...]],
     mistakes: Iterable[Mistake] = (),
-    otherwise: str = "",
+    asks: str = "",
+    nan: str = "which step made it?",
+    factor: float = 2,
+    multiple: float = 4,
 ) -> None:
-    """Calls the answer on inputs and compares what it returns with the right one, within the error budget.
+    """Compares results with the right ones, within the error budget.
 
     Args:
-        function: the answer to judge.
+        got: what the answer to judge returned.
         inputs: its arguments.
         answer: the right one, in any float dtype: float64 is the reference, the inputs' own dtype the naive method.
         results: for each result its name, and what its axes are called.
         mistakes: to be recognised, the likeliest first.
-        otherwise: what to say where none is.
+        asks: a question to ask where none is.
+        nan: what to say of NaN.
+        factor, multiple: of the error budget.
 
     Raises:
         NotYet: what is wrong.
     """
-    got = as_tuple(call(function, *inputs))
-    naive = as_tuple(answer(*inputs))
+    got, naive = as_tuple(got), as_tuple(answer(*inputs))
     reference = as_tuple(answer(*map(_double, inputs)))
     check_form(got, naive, results)
-    wrong = [i for i in range(len(got)) if not error_budget(got[i], naive[i], reference[i])]
+    for (name, axes), mine in zip(results.items(), got, strict=True):
+        if mine.isnan().any():
+            raise NotYet(f"{name} is NaN at {_first(mine.isnan(), axes)}: {nan}")
+    pairs = zip(got, naive, reference, strict=True)
+    wrong = [i for i, pair in enumerate(pairs) if not error_budget(*pair, factor=factor, multiple=multiple)]
     if not wrong:
         return
     for mistake in mistakes:
         if _was_made(mistake, inputs, got, naive, reference):
             words = mistake.words
             raise NotYet(words if isinstance(words, str) else words(*inputs))
-    worst = wrong[0]
-    name, axes = list(results.items())[worst]
-    where = _largest_error(got[worst], reference[worst], axes)
-    raise NotYet("\n".join(filter(None, [otherwise, f"{name}: {where}"])))
+    name, axes = list(results.items())[wrong[0]]
+    where = _largest_error(got[wrong[0]], reference[wrong[0]], axes)
+    raise NotYet("\n".join(filter(None, [f"{name} is {where}", asks])))
 
 
 def call(function: Callable, *inputs: Any) -> Any:
@@ -98,19 +110,24 @@ def check_form(got: tuple, expected: tuple[Tensor, ...], results: dict[str, tupl
             raise NotYet(f"{name} is {mine.dtype}, expected {theirs.dtype}")
 
 
-def extra_memory_below(limit: int, function: Callable, *inputs: Any, words: str) -> None:
-    """Raises NotYet where a call of the answer needs more memory than that, its results included.
+def extra_memory_below(limit: int, function: Callable, *inputs: Any, words: str) -> Any:
+    """The answer's result, if the call takes less memory than that, its result included.
 
     Args:
         limit: bytes.
         words: why it is too much.
+
+    Raises:
+        NotYet: it takes more.
     """
     if hasattr(function, "peak_memory"):  # graded in a process of its own, and measured from outside
-        _, peak = call(lambda *copies: function.peak_memory(*copies), *inputs)
+        result, peak = call(lambda *copies: function.peak_memory(*copies), *inputs)
     else:
-        peak = call(lambda *copies: measure_memory(function, *copies), *inputs).peak_bytes
+        report = call(lambda *copies: measure_memory(function, *copies), *inputs)
+        result, peak = report.result, report.peak_bytes
     if peak > limit:
         raise NotYet(f"{words} ({format_bytes(peak)} at a time, allowed {format_bytes(limit)})")
+    return result
 
 
 def counted(n: int, one: str, more: str = "") -> str:
@@ -151,14 +168,12 @@ def _was_made(mistake: Mistake, inputs: Sequence, got: tuple, naive: tuple, refe
 
 
 def _largest_error(got: Tensor, reference: Tensor, axes: tuple[str, ...]) -> str:
-    if got.isnan().any() and not reference.isnan().any():
-        return f"NaN at {_place(got.isnan(), axes)}"
     error = (got.double() - reference).nan_to_num(nan=0.0).abs()  # inf - inf is no error
     place = torch.unravel_index(error.argmax(), error.shape)
     return f"{got[place].item():.4g} at {_name(place, axes)}, expected {reference[place].item():.4g}"
 
 
-def _place(true: Tensor, axes: tuple[str, ...]) -> str:
+def _first(true: Tensor, axes: tuple[str, ...]) -> str:
     return _name(true.nonzero()[0], axes)
 
 

@@ -1,0 +1,270 @@
+"""Unit 02: attention in one pass over the keys, and the merge of two partial results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor
+
+from course.tasks.judge import Mistake, compare, compare_results, counted, extra_memory_below
+from course.tasks.task import Case, Task
+from minillm.attention import merge_state
+
+OUT_LSE = {"out": ("row", "dim"), "lse": ("row",)}
+STATE = {"out": ("batch", "query", "head", "dim"), "lse": ("batch", "head", "query")}
+
+
+def one_pass_case(rows: int, n: int, block: int, *, times: float = 1, rising: bool = False, asks: str = "") -> Case:
+    """Queries, keys, keys at a time; q is multiplied by `times`; with `rising`, each score is larger than the last."""
+
+    def judge(function: Callable, generator: Generator) -> None:
+        q, k, v = _inputs(rows, n, generator)
+        if rising:
+            towards = torch.nn.functional.normalize(torch.randn(q.shape[1], generator=generator), dim=0)
+            q, k = 4 * towards + q / 10, towards * torch.linspace(-4, 4, n)[:, None] + k / 100
+        inputs = (q * times, k, v, block)
+        overflow = "exp of a score overflows: subtract the largest one so far"
+        compare(function, inputs, _exact, results=OUT_LSE, mistakes=ONE_PASS_MISTAKES, asks=asks, nan=overflow)
+
+    kind = ", rising scores" if rising else f", scores × {times:g}" if times != 1 else ""
+    return Case(f"{counted(rows, 'row')}, {counted(n, 'key')}, {block} at a time{kind}", judge)
+
+
+def memory_case(rows: int = 4096, n: int = 16_384, block: int = 256) -> Case:
+    """Lengths at which the scores of all keys need hundreds of MiB, and those of one block a few."""
+
+    def judge(function: Callable, generator: Generator) -> None:
+        q, k, v = _inputs(rows, n, generator)
+        words = "the scores of all keys are in memory: keep those of one block only"
+        result = extra_memory_below(64 << 20, function, q, k, v, block, words=words)
+        some = slice(0, rows, rows // 8)  # enough to see that it is the right one, at a fraction of the time
+        if isinstance(result, (tuple, list)) and all(isinstance(x, Tensor) and len(x) == rows for x in result):
+            result = tuple(x[some] for x in result)
+        compare_results(result, (q[some], k, v, block), _exact, results=OUT_LSE)
+
+    return Case(f"{rows} rows, {n} keys, {block} at a time: memory", judge)
+
+
+def _inputs(rows: int, n: int, generator: Generator, d: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (torch.randn(length, d, generator=generator) for length in (rows, n, n))
+    return q, k, v
+
+
+def _exact(q: Tensor, k: Tensor, v: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    scores = q @ k.T / q.shape[1] ** 0.5
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+def _walk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block: int,
+    *,
+    scale: float | None = None,
+    rescale_acc: bool = True,
+    rescale_l: bool = True,
+    divide: bool = True,
+    base: float = math.e,
+    padded: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One pass, with the options that people get wrong."""
+    missing = -len(k) % block if padded else 0
+    k, v = (torch.cat([x, x.new_zeros(missing, x.shape[1])]) for x in (k, v))
+    m, l = q.new_full((len(q), 1), -torch.inf), q.new_zeros(len(q), 1)
+    acc = torch.zeros_like(q)
+    for j in range(0, len(k), block):
+        scores = q @ k[j : j + block].T * (q.shape[1] ** -0.5 if scale is None else scale)
+        largest = torch.maximum(m, scores.amax(-1, keepdim=True))
+        p, rescale = base ** (scores - largest), base ** (m - largest)
+        l = (rescale if rescale_l else 1) * l + p.sum(-1, keepdim=True)
+        acc = (rescale if rescale_acc else 1) * acc + p @ v[j : j + block]
+        m = largest
+    return (acc / l if divide else acc), (m + l.log())[:, 0]
+
+
+def _without_tail(q: Tensor, k: Tensor, v: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    whole = len(k) // block * block
+    return _walk(q, k[:whole], v[:whole], block) if whole else (torch.zeros_like(q), q.new_full((len(q),), -torch.inf))
+
+
+def _with_lse(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The right output, with a wrong lse made of the largest score and the right lse."""
+
+    def answer(q: Tensor, k: Tensor, v: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        out, lse = _exact(q, k, v, block)
+        return out, change((q @ k.T / q.shape[1] ** 0.5).amax(-1), lse)
+
+    return answer
+
+
+ONE_PASS_MISTAKES = [
+    Mistake(
+        "acc is not rescaled: when the largest score rises, what was summed before must shrink, acc as well as l",
+        lambda *x: _walk(*x, rescale_acc=False),
+    ),
+    Mistake(
+        "l is not rescaled: when the largest score rises, what was summed before must shrink, l as well as acc",
+        lambda *x: _walk(*x, rescale_l=False),
+    ),
+    Mistake(
+        "nothing is rescaled: when the largest score rises, l and acc of the blocks before must shrink",
+        lambda *x: _walk(*x, rescale_l=False, rescale_acc=False),
+    ),
+    Mistake("the last keys are missing: is there a tail that does not fill a block?", _without_tail),
+    Mistake(
+        "the tail is padded and not masked: a key of zeros has score 0, not −∞",
+        lambda *x: _walk(*x, padded=True),
+    ),
+    Mistake(
+        "the exponentials are in base 2: multiply the scores by log2(e) first, or use exp",
+        lambda *x: _walk(*x, base=2),
+    ),
+    Mistake("the scale 1/√d is forgotten", lambda *x: _walk(*x, scale=1.0)),
+    Mistake(
+        "the scale is there twice: the scores are divided by d instead of √d",
+        lambda *x: _walk(*x, scale=1 / x[0].shape[1]),
+    ),
+    Mistake("the result is not divided by l in the end", lambda *x: _walk(*x, divide=False)),
+    Mistake("lse is in base 2: the natural logarithm is wanted", _with_lse(lambda m, lse: lse / math.log(2))),
+    Mistake("lse lacks the largest score: it is m + log l", _with_lse(lambda m, lse: lse - m)),
+    Mistake("lse is the largest score alone: it is m + log l", _with_lse(lambda m, lse: m)),
+    Mistake("lse is l, and not its logarithm with m added", _with_lse(lambda m, lse: (lse - m).exp())),
+]
+
+
+def merge_case(
+    title: str, lse_a: float, lse_b: float, *, s: int = 5, h: int = 3, some: bool = False, asks: str = ""
+) -> Case:
+    """Two states whose lse lie around these values; -inf is a part without keys. With `some`, some rows have none."""
+
+    def judge(function: Callable, generator: Generator) -> None:
+        inputs = (*_state(lse_a, s, h, generator, some), *_state(lse_b, s, h, generator, some))
+        if some or lse_a == lse_b == -math.inf:
+            nan = "where both parts are empty, −∞ − (−∞) is NaN. The result is 0, its lse −∞"
+        elif -math.inf in (lse_a, lse_b):
+            nan = "one part is empty: its weight is exp(−∞) = 0"
+        else:
+            nan = "exp of an lse overflows: subtract the larger one first"
+        compare(function, inputs, merge_state, results=STATE, mistakes=MERGE_MISTAKES, asks=asks, nan=nan)
+
+    return Case(title, judge)
+
+
+def _state(lse: float, s: int, h: int, generator: Generator, some: bool, d: int = 8) -> tuple[Tensor, Tensor]:
+    out, spread = torch.randn(2, s, h, d, generator=generator), torch.randn(2, h, s, generator=generator)
+    empty = torch.rand(2, h, s, generator=generator) < (0.5 if some else 0)
+    if lse == -math.inf:
+        empty[:] = True
+    return out.masked_fill(empty.transpose(1, 2)[..., None], 0), (spread + lse).masked_fill(empty, -math.inf)
+
+
+def _weighted(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, weight_a: Tensor, weight_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Any weights, (batch, head, query), with the right lse."""
+    _, lse = merge_state(out_a, lse_a, out_b, lse_b)
+    rows_a, rows_b = (weight.transpose(1, 2)[..., None] for weight in (weight_a, weight_b))
+    return (rows_a * out_a + rows_b * out_b).nan_to_num(), lse
+
+
+def _crossed(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights of (head, query) used as (query, head): only possible where there are as many of each."""
+    if lse_a.shape[1] != lse_a.shape[2]:
+        return merge_state(out_a, lse_a, out_b, lse_b)
+    out, _ = merge_state(out_a, lse_a.transpose(1, 2), out_b, lse_b.transpose(1, 2))
+    return out, merge_state(out_a, lse_a, out_b, lse_b)[1]
+
+
+def _merged(change: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The right output, with a wrong lse made of the two and the right one."""
+
+    def answer(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = merge_state(out_a, lse_a, out_b, lse_b)
+        return out, change(lse_a, lse_b, lse)
+
+    return answer
+
+
+MERGE_MISTAKES = [
+    Mistake(
+        "it is the plain average: each part counts by exp of its lse",
+        lambda *x: _weighted(*x, torch.full_like(x[1], 0.5), torch.full_like(x[1], 0.5)),
+    ),
+    Mistake(
+        "the weights do not add up to 1: divide by their sum",
+        lambda *x: _weighted(*x, (x[1] - torch.maximum(x[1], x[3])).exp(), (x[3] - torch.maximum(x[1], x[3])).exp()),
+    ),
+    Mistake(
+        "the parts are added up: both are normalised already, so weigh them",
+        lambda *x: _weighted(*x, torch.ones_like(x[1]), torch.ones_like(x[1])),
+    ),
+    Mistake(
+        "the weights are swapped: the part with the larger lse counts more",
+        lambda *x: _weighted(*x, (x[3] - x[1]).sigmoid(), (x[1] - x[3]).sigmoid()),
+    ),
+    Mistake(
+        "the parts count by their lse: they must count by exp of it",
+        lambda *x: _weighted(*x, x[1] / (x[1] + x[3]), x[3] / (x[1] + x[3])),
+    ),
+    Mistake(
+        "the weights are in base 2: lse is a natural logarithm, so use exp",
+        lambda *x: _weighted(*x, ((x[1] - x[3]) * math.log(2)).sigmoid(), ((x[3] - x[1]) * math.log(2)).sigmoid()),
+    ),
+    Mistake(
+        "lse is (batch, head, query) and out (batch, query, head, dim): transpose the weights",
+        _crossed,
+    ),
+    Mistake("the new lse is the larger of the two: it is log(exp a + exp b)", _merged(lambda a, b, _: a.maximum(b))),
+    Mistake("the new lse is the sum of the two: it is log(exp a + exp b)", _merged(lambda a, b, _: a + b)),
+    Mistake("the new lse lacks its shift: add the larger lse again", _merged(lambda a, b, lse: lse - a.maximum(b))),
+]
+
+TASKS = [
+    Task(
+        "one_pass_attention",
+        unit="02_online_softmax",
+        minutes=40,
+        difficulty=2,
+        parts={
+            "result": [
+                one_pass_case(5, 12, 12, asks="one block only: is it softmax(q kᵀ/√d) v?"),
+                one_pass_case(5, 12, 4, asks="three blocks: what happens when the largest score rises?"),
+            ],
+            "tail": [
+                one_pass_case(5, 10, 4, asks="the last block has 2 keys"),
+                one_pass_case(3, 7, 16, asks="the only block has 7 keys"),
+            ],
+            "numbers": [
+                one_pass_case(4, 300, 16, rising=True, asks="each block has a new largest score"),
+                one_pass_case(6, 50, 8, times=30, asks="does it hold for large scores too?"),
+            ],
+            "memory": [memory_case()],
+        },
+    ),
+    Task(
+        "merge",
+        unit="02_online_softmax",
+        minutes=25,
+        difficulty=2,
+        parts={
+            "result": [
+                merge_case("two parts", 0, 0),
+                merge_case("as many heads as queries", 0, 1, s=4, h=4),
+            ],
+            "empty": [
+                merge_case("the left part is empty", -math.inf, 0),
+                merge_case("the right part is empty", 0, -math.inf),
+                merge_case("both parts are empty", -math.inf, -math.inf),
+                merge_case("some rows are empty", 0, 0, some=True),
+            ],
+            "magnitude": [
+                merge_case("lse near 1000", 1000, 1000),
+                merge_case("lse near −1000", -1000, -1000),
+                merge_case("lse near 0 and 1000", 0, 1000),
+            ],
+        },
+    ),
+]
