@@ -45,6 +45,7 @@ class Result:
         key: of everything that the result depends on.
         answers: by grade id, a student's words on a question.
         cells: the student's cells that were run: number, source, error, output.
+        comments: by grade id, what an instructor wrote; it is kept apart, by `gradebook`.
     """
 
     student: str
@@ -60,6 +61,7 @@ class Result:
     verdicts: list[Verdict] = field(default_factory=list)
     answers: dict[str, str] = field(default_factory=dict)
     cells: list[dict[str, Any]] = field(default_factory=list)
+    comments: dict[str, str] = field(default_factory=dict)
 
     @property
     def total(self) -> float:
@@ -114,7 +116,7 @@ def grade(
     result.date = datetime.now(UTC).isoformat(timespec="seconds")
     result.remarks = list(submission.remarks)
     if submission.file is None:
-        result.verdicts = [Verdict(item.grade_id, 0, item.points, "nothing handed in") for item in _items(unit)]
+        result.verdicts = [Verdict(item.grade_id, 0, item.points, "nothing handed in") for item in unit.items]
         return result
     result.file = submission.file.name
     own = to_run(submission.file, unit)
@@ -137,10 +139,6 @@ def grade(
             result.verdicts.append(Verdict(text.grade_id, points, text.points, words))
     result.seconds = round(time.monotonic() - start, 1)
     return result
-
-
-def _items(unit: Unit) -> list:
-    return [*unit.tests, *unit.texts]
 
 
 def _judge(unit: Unit, student: Student) -> Iterator[Verdict]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from course.grading.protocol import Channel, NotAValue, ProtocolError, decode, encode
+from course.grading.protocol import Channel, ProtocolError, decode, encode
 from course.grading.sandbox import Limits, Sandbox, SandboxError
 from minillm.measure.traffic import Counted
 
@@ -47,7 +47,7 @@ class Patience:
 
 @dataclass
 class Outcome:
-    """What became of a cell: its error (None where there was none) and what it printed; both are the student's words."""
+    """What became of a cell: its error (None where there was none) and what it printed, in the student's words."""
 
     number: int
     error: str | None

@@ -22,6 +22,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -385,8 +386,8 @@ def seccomp_filter(machine: str | None = None) -> bytes:
     return program + give(allow)
 
 
-def _seccomp_file():
-    file = tempfile.TemporaryFile()
+def _seccomp_file() -> IO[bytes]:
+    file = tempfile.TemporaryFile()  # noqa: SIM115, the caller closes it
     file.write(seccomp_filter())
     file.flush()
     file.seek(0)

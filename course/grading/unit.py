@@ -50,9 +50,12 @@ class Unit:
         self.solution = nbformat.read(path, as_version=4)
         self.release: NotebookNode = release(nbformat.read(path, as_version=4))
         self.hash = hashlib.sha256(path.read_bytes()).hexdigest()
-        answers = [cell.source for cell in self.solution.cells if is_answer(cell)]
+        answers = [cell for cell in self.solution.cells if is_answer(cell)]
         tested = set().union(*(_names(cell.source) for cell in self.solution.cells if is_test(cell)))
-        self.functions = [name for source in answers for name in _definitions(source) if name in tested]
+        self._defined = {
+            grade_id(cell): [name for name in _definitions(cell.source) if name in tested] for cell in answers
+        }
+        self.functions = [name for names in self._defined.values() for name in names]
 
     @cached_property
     def tests(self) -> list[Test]:
@@ -82,8 +85,17 @@ class Unit:
         return {form(cell.source) for cell in self.release.cells if is_answer(cell) or self._uses_answers(cell)}
 
     @property
+    def items(self) -> list[Test | Text]:
+        """All that there are points for."""
+        return [*self.tests, *self.texts]
+
+    @property
     def maximum(self) -> float:
-        return sum(item.points for item in (*self.tests, *self.texts))
+        return sum(item.points for item in self.items)
+
+    def defined_in(self, answer: NotebookNode) -> list[str]:
+        """The functions that stand in an answer cell."""
+        return self._defined[grade_id(answer)]
 
     def setup(self, notebook: NotebookNode) -> list[str]:
         """The code of a notebook, the solution or the release, that stands for itself: imports, helpers."""
