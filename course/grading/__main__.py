@@ -15,6 +15,7 @@ from tqdm import tqdm
 from course.grading import batch, report
 from course.grading.grade import Result
 from course.grading.gradebook import take_hand_grades
+from course.grading.remote import Patience
 from course.grading.sandbox import ROOT, SandboxError, find_bubblewrap
 from course.grading.submission import find_students
 from course.grading.unit import find_units
@@ -63,8 +64,9 @@ def show(jobs: list[batch.Job], options: argparse.Namespace) -> list[Result]:
     """Grades, with a progress bar, and a line for each student who is through."""
     waiting = Counter(job.slug for job in jobs)
     done: dict[str, list[Result]] = {}
+    manner = batch.Manner(options.seed, Patience(options.seconds), options.unsafe_no_sandbox)
     with tqdm(total=len(jobs), unit="notebook", disable=None) as bar:
-        for result in batch.run(jobs, options.grades, options.jobs, options.seed, options.unsafe_no_sandbox):
+        for result in batch.run(jobs, options.grades, options.jobs, manner):
             own = done.setdefault(result.slug, [])
             own.append(result)
             if len(own) == waiting[result.slug]:
@@ -79,6 +81,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--unit", default="", help="only the unit whose name begins so, as in 02")
     parser.add_argument("--grades", type=Path, default=ROOT / "grades", help="where results go (default: grades)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many at a time")
+    parser.add_argument("--seconds", type=float, default=20, help="for one call of a student's function (default: 20)")
     parser.add_argument("--again", action="store_true", help="grade also what has not changed since")
     parser.add_argument("--seed", type=int, help="of the random inputs, to repeat a grading; it stands in the result")
     parser.add_argument("--unsafe-no-sandbox", action="store_true", help="run the students' code as you, unprotected")

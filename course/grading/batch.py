@@ -19,6 +19,7 @@ import torch
 
 from course.grading.grade import Result, grade
 from course.grading.gradebook import write_json
+from course.grading.remote import Patience
 from course.grading.sandbox import ROOT
 from course.grading.submission import Student, Submission, choose
 from course.grading.unit import Unit
@@ -36,6 +37,15 @@ class Job:
 
     def empty(self) -> Result:
         return Result(self.student, self.slug, self.unit.name, key=self.key)
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How to grade: see `grade`."""
+
+    seed: int | None = None
+    patience: Patience = Patience()
+    unsafe: bool = False
 
 
 def jobs_of(student: Student, units: list[Unit]) -> Iterator[Job]:
@@ -95,20 +105,19 @@ def missing(jobs: list[Job], results: list[Result]) -> list[Job]:
     return [job for job in jobs if (job.slug, job.unit.name) not in known]
 
 
-def run(jobs: list[Job], grades: Path, processes: int, seed: int | None, unsafe: bool) -> Iterator[Result]:
+def run(jobs: list[Job], grades: Path, processes: int, manner: Manner) -> Iterator[Result]:
     """Grades, and stores each result as soon as it is there.
 
     Args:
         grades: the folder for all that is stored.
         processes: how many work at a time.
-        seed, unsafe: as in `grade`.
     """
     lost: list[Job] = []
-    for result in _in_processes(jobs, processes, seed, unsafe, lost.append):
+    for result in _in_processes(jobs, processes, manner, lost.append):
         yield _store(result, grades)
     for job in lost:  # one of them took the others with it, and nobody knows which: each gets a process to itself
         gone: list[Job] = []
-        for result in _in_processes([job], 1, seed, unsafe, gone.append):
+        for result in _in_processes([job], 1, manner, gone.append):
             yield _store(result, grades)
         if gone:
             yield _store(_failed(job, "the grader's process was ended from outside"), grades)
@@ -119,15 +128,13 @@ def _store(result: Result, grades: Path) -> Result:
     return result
 
 
-def _in_processes(
-    jobs: list[Job], processes: int, seed: int | None, unsafe: bool, lose: Callable[[Job], None]
-) -> Iterator[Result]:
+def _in_processes(jobs: list[Job], processes: int, manner: Manner, lose: Callable[[Job], None]) -> Iterator[Result]:
     if not jobs:
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(max(1, min(processes, len(jobs))), context, _alone)
     try:
-        futures: dict[Future[Result], Job] = {pool.submit(grade_job, job, seed, unsafe): job for job in jobs}
+        futures: dict[Future[Result], Job] = {pool.submit(grade_job, job, manner): job for job in jobs}
         for future in as_completed(futures):
             try:
                 yield future.result()
@@ -147,10 +154,10 @@ def _alone() -> None:
     torch.set_num_threads(1)
 
 
-def grade_job(job: Job, seed: int | None, unsafe: bool) -> Result:
+def grade_job(job: Job, manner: Manner) -> Result:
     """Grades one student's one unit, and turns every fault of the grader's own into a remark."""
     try:
-        return grade(job.empty(), job.unit, job.submission, seed, unsafe=unsafe)
+        return grade(job.empty(), job.unit, job.submission, manner.seed, manner.patience, manner.unsafe)
     except Exception as error:
         return _failed(job, f"{type(error).__name__}: {error}")
 

@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from course.grading.remote import AnswerError, AnswerLost, Patience, Student, plain
-from course.grading.sandbox import Limits
 from course.grading.submission import Cell, Submission, text_answer, to_run
 from course.grading.unit import Test, Unit
 from course.tasks.task import fresh_inputs
@@ -98,7 +97,6 @@ def grade(
     submission: Submission,
     seed: int | None = None,
     patience: Patience | None = None,
-    limits: Limits | None = None,
     unsafe: bool = False,
 ) -> Result:
     """Fills in a result.
@@ -106,7 +104,8 @@ def grade(
     Args:
         result: of which student and unit.
         seed: of the random inputs; a new one when left out.
-        patience, limits, unsafe: of the sandbox.
+        patience: how long to wait.
+        unsafe: without a sandbox.
 
     Raises:
         SandboxError: there is no sandbox here.
@@ -122,8 +121,7 @@ def grade(
     own = to_run(submission.file, unit)
     cells = [(-1 - number, source) for number, source in enumerate(unit.setup(unit.release))]
     cells += [(cell.number, cell.source) for cell in own]
-    patience, limits = patience or Patience(), limits or Limits()
-    with Student(cells, unit.functions, patience, limits, unsafe) as student:
+    with Student(cells, unit.functions, patience or Patience(), unsafe=unsafe) as student:
         try:
             with fresh_inputs(result.seed):
                 result.verdicts = list(_judge(unit, student))
@@ -149,25 +147,24 @@ def _judge(unit: Unit, student: Student) -> Iterator[Verdict]:
     try:
         student.run()
     except AnswerLost as lost:
-        for test in unit.tests:
-            yield Verdict(test.grade_id, 0, test.points, str(lost))
+        yield from (Verdict(test.grade_id, 0, test.points, str(lost)) for test in unit.tests)
         return
     for functions, tests in groups.items():
+        if absent := [name for name in functions if not student.candidates[name]]:
+            words = "\n".join(student.why_not(name) for name in absent)
+            yield from (Verdict(test.grade_id, 0, test.points, words) for test in tests)
+            continue
         attempts = (
             [_verdict(unit, test, student, chosen) for test in tests] for chosen in _choices(student, functions)
         )
         yield from _best(attempts)
 
 
-def _choices(student: Student, functions: tuple[str, ...]) -> Iterator[dict[str, int | None]]:
+def _choices(student: Student, functions: tuple[str, ...]) -> Iterator[dict[str, int]]:
     """Which definitions to take: the last ones first, for a notebook may hold several of a function."""
-    most = max((len(student.candidates[name]) for name in functions), default=0)
-    for back in range(max(1, most)):
-        yield {name: _from_the_end(student.candidates[name], back) for name in functions}
-
-
-def _from_the_end(numbers: list[int], back: int) -> int | None:
-    return numbers[-1 - min(back, len(numbers) - 1)] if numbers else None
+    found = {name: student.candidates[name][::-1] for name in functions}
+    for back in range(max(map(len, found.values()), default=1)):
+        yield {name: numbers[min(back, len(numbers) - 1)] for name, numbers in found.items()}
 
 
 def _best(attempts: Iterator[list[Verdict]]) -> list[Verdict]:
@@ -180,14 +177,14 @@ def _best(attempts: Iterator[list[Verdict]]) -> list[Verdict]:
     return best
 
 
-def _verdict(unit: Unit, test: Test, student: Student, chosen: dict[str, int | None]) -> Verdict:
+def _verdict(unit: Unit, test: Test, student: Student, chosen: dict[str, int]) -> Verdict:
     words = _complaint(unit, test, student, chosen)
     cell = next(iter(chosen.values()), None)
     student.revive()
     return Verdict(test.grade_id, 0 if words else test.points, test.points, words or "right", cell)
 
 
-def _complaint(unit: Unit, test: Test, student: Student, chosen: dict[str, int | None]) -> str:
+def _complaint(unit: Unit, test: Test, student: Student, chosen: dict[str, int]) -> str:
     """Runs a test cell on a student's functions; what is wrong, or "" where nothing is."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
     with redirect_stdout(io.StringIO()):

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -117,7 +118,9 @@ def _open(database: Path) -> Iterator[Any]:
     # nbgrader asks the program `alembic`, which is beside this Python, for the version of its tables.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     from nbgrader.api import Gradebook
+    from sqlalchemy.exc import SAWarning
 
+    warnings.simplefilter("ignore", SAWarning)  # about the order in which nbgrader links its objects
     with closing(Gradebook(f"sqlite:///{database.resolve()}", course_id="minillm")) as book:
         yield book
         book.engine.dispose()

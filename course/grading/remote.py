@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import time
 import unicodedata
 from dataclasses import dataclass, field
@@ -38,11 +39,19 @@ class AnswerLost(AnswerError):
 
 @dataclass(frozen=True)
 class Patience:
-    """Seconds that the grader waits."""
+    """Seconds that the grader waits: for a call of a student's function, and from that for the rest."""
 
     call: float = 20
-    cells: float = 60
-    unit: float = 180
+
+    @property
+    def cells(self) -> float:
+        """For all cells of a notebook."""
+        return 3 * self.call
+
+    @property
+    def unit(self) -> float:
+        """For everything."""
+        return 9 * self.call
 
 
 @dataclass
@@ -123,6 +132,14 @@ class Student:
             self._never = True
             raise
         self._sandbox.close_the_doors()
+
+    def why_not(self, name: str) -> str:
+        """Why there is no such function."""
+        for number, source in self.cells:
+            error = next((outcome.error for outcome in self.outcomes if outcome.number == number), None)
+            if error and re.search(rf"\b{name}\b", source):
+                return f"`{name}` is not there, for its cell raised {error}"
+        return f"not answered: no cell defines a function `{name}`"
 
     def function(self, name: str, candidate: int | None = None) -> RemoteFunction:
         """The function of that name; candidate is the number of the cell that defines it, None for none."""
@@ -237,8 +254,7 @@ class RemoteFunction:
 
     def _call(self, arguments: tuple, named: dict, memory: bool) -> tuple[Any, int]:
         if self._candidate is None:
-            self._student.run()
-            raise NotAnswered(f"there is no function `{self.__name__}` in the notebook, or its cell raised an error")
+            raise NotAnswered(self._student.why_not(self.__name__))
         return self._student.call(self.__name__, self._candidate, arguments, named, memory)
 
 
@@ -312,8 +328,7 @@ def _in_words(error: Any) -> str:
     error = error if isinstance(error, dict) else {}
     words = f"{plain(error.get('type'), 80) or 'error'}: {plain(error.get('message'), 500)}".removesuffix(": ")
     line, cell = error.get("line"), error.get("cell")
-    where = f" (line {line} of its cell)" if type(line) is int and type(cell) is int else ""
-    return words + where
+    return words + (f" (cell {cell + 1}, line {line})" if type(line) is int and type(cell) is int else "")
 
 
 def plain(text: Any, limit: int = 10_000) -> str:

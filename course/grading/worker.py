@@ -143,7 +143,7 @@ def described(error: BaseException) -> dict:
         "type": type(error).__name__[:80],
         "message": str(words)[:MESSAGE],
         "line": line if isinstance(line, int) else None,
-        "cell": int(number) if number.isdigit() else None,
+        "cell": int(number) if number.isdigit() else None,  # the release's own have negative numbers
     }
 
 
