@@ -37,6 +37,6 @@ RUN python3 -m pip list --format=freeze | grep -E '^(torch|triton)==' > .venv/ke
         | cat .venv/kept.txt - > .venv/constraints.txt
 # The second command writes the stamp of course/setup_venv.py: make then finds .venv finished, and makes no other.
 RUN .venv/bin/python -m pip install --no-cache-dir --no-compile \
-        --constraint .venv/constraints.txt --editable ".[dev,redis,peers]" \
+        --constraint .venv/constraints.txt --editable ".[dev,grading,redis,peers]" \
     && .venv/bin/python -c 'from course.setup_venv import STAMP, fingerprint; STAMP.write_text("\n".join(fingerprint()) + "\n")'
 CMD ["make", "lab", "LAB_ARGS=--no-browser"]

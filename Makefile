@@ -15,7 +15,7 @@ LESSON_00 := /lab/tree/notebooks/00_start_here.ipynb
 # Jupyter refuses to start as root, who is the only user of most containers.
 ROOT_ARGS := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help lab test doctor setup gpu exercises train evaluate badges clean
+.PHONY: help lab test doctor setup gpu exercises grade train evaluate badges clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,10 @@ gpu: setup ## flash-attn, on a machine with a CUDA device (optional; builds for 
 
 exercises: setup ## exercises/, the students' notebooks, made anew from solutions/
 	@$(VENV) -m course.tasks.release
+
+grade: setup ## grade SUBMISSIONS=folder (of a folder a student), or UNIT=02 of it; results in grades/
+	@$(if $(SUBMISSIONS),,echo "Which? As in: make grade SUBMISSIONS=submitted" >&2; exit 2)
+	@$(VENV) -m course.grading "$(SUBMISSIONS)" $(if $(UNIT),--unit "$(UNIT)") $(ARGS)
 
 train: setup ## train the checkpoint again (resumable)
 	@$(VENV) -m minillm.train $(ARGS)

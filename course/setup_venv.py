@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "installed"  # written last, so that only a finished installation has one
 LOG = VENV / "install.log"
-EXTRAS = "dev,redis,peers"
+EXTRAS = "dev,grading,redis,peers"
 GIGABYTES = 3.5  # of disk for .venv with the CPU build of torch, and pip's cache beside it
 
 # What pip's output shows when it fails, and the cure. The first that matches is told.

@@ -1,0 +1,340 @@
+"""A function in a student's process, as the grader calls it: arguments go out, and what comes back is only bytes."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import time
+import unicodedata
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from course.grading.protocol import Channel, ProtocolError, decode, encode
+from course.grading.sandbox import Limits, Sandbox, SandboxError
+from minillm.measure.traffic import Counted
+
+START_SECONDS = 60  # to import torch
+MAX_LOADS = 100_000  # loads and stores in a call
+MAX_HELD = 512 << 20  # bytes of tiles that a function holds at a time
+OWN_MEMORY = 64 << 20  # what a notebook's imports may take before it counts as memory of the function
+
+
+class AnswerError(Exception):
+    """The student's function gave no result; says why in words for the student."""
+
+
+class NotAnswered(AnswerError):
+    """There is no function of that name in the notebook."""
+
+
+class AnswerRaised(AnswerError):
+    """The function raised an exception, or returned something that cannot be judged."""
+
+
+class AnswerLost(AnswerError):
+    """The student's process is gone: the function took too long, ended it, or broke off the talk."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Seconds that the grader waits: for a call of a student's function, and from that for the rest."""
+
+    call: float = 20
+
+    @property
+    def cells(self) -> float:
+        """For all cells of a notebook."""
+        return 3 * self.call
+
+    @property
+    def unit(self) -> float:
+        """For everything."""
+        return 9 * self.call
+
+
+@dataclass
+class Outcome:
+    """What became of a cell: its error (None where there was none) and what it printed, in the student's words."""
+
+    number: int
+    error: str | None
+    output: str
+
+
+@dataclass
+class Student:
+    """A student's notebook, running in a sandbox; started when it is first needed, and again when it was lost.
+
+    Args:
+        cells: the sources to run, by number: the release's setup first, then the student's.
+        wanted: the functions that will be called.
+        unsafe: no sandbox.
+    """
+
+    cells: list[tuple[int, str]]
+    wanted: list[str]
+    patience: Patience = field(default_factory=Patience)
+    limits: Limits = field(default_factory=Limits)
+    unsafe: bool = False
+
+    def __post_init__(self) -> None:
+        self.outcomes: list[Outcome] = []
+        self.candidates: dict[str, list[int]] = {name: [] for name in self.wanted}
+        self._deadline = time.monotonic() + self.patience.unit
+        self._sandbox: Sandbox | None = None
+        self._lost: str | None = None
+        self._never = False  # the cells themselves cannot be run to their end
+
+    def __enter__(self) -> Student:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._sandbox:
+            self._sandbox.close()
+        self._sandbox = None
+
+    def revive(self) -> None:
+        """Forgets a loss, so that the next call starts anew: one answer that hangs does not cost the others."""
+        if self._lost and not self._never:
+            self._lost = None
+
+    def run(self) -> None:
+        """Starts the process and runs the cells, unless that is done.
+
+        Raises:
+            AnswerLost: the cells do not come to their end.
+            SandboxError: there is no sandbox here.
+        """
+        if self._lost:
+            raise AnswerLost(self._lost)
+        if self._sandbox:
+            return
+        self._sandbox = Sandbox(self.limits, self.unsafe)
+        self._channel = Channel(self._sandbox.connection)
+        try:
+            self._channel.receive(START_SECONDS)
+        except (OSError, ProtocolError) as error:
+            words = self._sandbox.first_words.decode(errors="replace").strip()
+            self.close()
+            raise SandboxError(f"the sandbox did not start: {words or error}") from None
+        self._sandbox.trust_now()
+        self._at_start = self._sandbox.memory()[0]
+        message = {"cells": [{"number": n, "source": s} for n, s in self.cells], "wanted": self.wanted}
+        try:
+            reply, _ = self._exchange(message, [], self.patience.cells, "the notebook's cells")
+            self._read_outcomes(reply)
+        except AnswerLost:
+            self._never = True
+            raise
+        self._sandbox.close_the_doors()
+
+    def why_not(self, name: str) -> str:
+        """Why there is no such function."""
+        for number, source in self.cells:
+            error = next((outcome.error for outcome in self.outcomes if outcome.number == number), None)
+            if error and re.search(rf"\b{name}\b", source):
+                return f"`{name}` is not there, for its cell raised {error}"
+        return f"not answered: no cell defines a function `{name}`"
+
+    def function(self, name: str, candidate: int | None = None) -> RemoteFunction:
+        """The function of that name; candidate is the number of the cell that defines it, None for none."""
+        return RemoteFunction(self, name, candidate)
+
+    def call(self, name: str, candidate: int, arguments: tuple, named: dict, memory: bool = False) -> tuple[Any, int]:
+        """Calls a function over there.
+
+        Args:
+            memory: whether to measure.
+
+        Returns:
+            What it returned, and with memory=True the bytes that the process took beyond those it had.
+        """
+        self.run()
+        assert self._sandbox is not None
+        counted: list[Counted] = []
+        tree, blobs = encode([arguments, list(named.items())], lambda value: _handle(value, counted))
+        before = self._sandbox.memory()[0]
+        if memory:
+            self._sandbox.reset_peak()
+        message = {"call": name, "candidate": candidate, "arguments": tree}
+        reply, blob = self._exchange(message, blobs, self.patience.call, f"`{name}`", counted)
+        sent = sum(blob.nbytes for blob in blobs)
+        peak = self._sandbox.memory()[1] if memory else 0
+        if "raised" in reply:
+            raise AnswerRaised(_in_words(reply["raised"]))
+        if "refused" in reply:
+            raise AnswerRaised(f"`{name}` returned {plain(reply['refused'], 100)}: tensors and numbers can be graded")
+        try:
+            result = decode(reply.get("returned"), blob)
+        except ProtocolError as error:
+            self._lose(f"`{name}` sent something that is no result ({plain(str(error), 200)})")
+        return result, max(0, peak - min(before, self._at_start + OWN_MEMORY) - sent)
+
+    def _exchange(
+        self, message: dict, blobs: list[memoryview], seconds: float, what: str, counted: list[Counted] | None = None
+    ) -> tuple[dict, bytearray]:
+        """Sends a request and serves loads and stores until the reply is there."""
+        left = self._deadline - time.monotonic()
+        deadline = time.monotonic() + min(seconds, left)
+        try:
+            self._channel.send(message, blobs, deadline - time.monotonic())
+            server = _Server(counted or [])
+            while True:
+                reply, blob = self._channel.receive(deadline - time.monotonic())
+                server.free(reply.get("freed"))
+                if not ("load" in reply or "store" in reply):
+                    return reply, blob
+                self._channel.send(*server.serve(reply, blob), deadline - time.monotonic())
+        except TimeoutError:
+            if left < seconds:
+                self._never = True
+                self._lose(f"the notebook took more than {self.patience.unit:.0f} s in all, and was stopped in {what}")
+            self._lose(f"{what} did not end within {seconds:.0f} s")
+        except ProtocolError as error:
+            self._lose(f"{what} sent the grader something that is no message ({plain(str(error), 200)})")
+        except OSError:
+            ended = self._sandbox.ended if self._sandbox else None
+            self._lose(f"{what} ended the process" + (f": {ended}" if ended else ""))
+        raise AssertionError  # _lose always raises
+
+    def _lose(self, reason: str) -> None:
+        if self._sandbox and self._sandbox.ended and self._sandbox.ended not in reason:
+            reason += f" ({self._sandbox.ended})"
+        self._lost = reason
+        self.close()
+        raise AnswerLost(reason)
+
+    def _read_outcomes(self, reply: dict) -> None:
+        """Takes only what has the right form: these are the student's words, and never decide on a point."""
+        numbers = {number for number, _ in self.cells}
+        outcomes, candidates = reply.get("outcomes"), reply.get("candidates")
+        if not isinstance(outcomes, list) or not isinstance(candidates, dict):
+            self._lose("the notebook's cells sent the grader something that is no message")
+        self.outcomes = [
+            Outcome(item["number"], _in_words(item["error"]) if item.get("error") else None, plain(item.get("output")))
+            for item in outcomes[: len(self.cells)]
+            if isinstance(item, dict) and type(item.get("number")) is int and item["number"] in numbers
+        ]
+        for name in self.wanted:
+            found = candidates.get(name)
+            found = found[-3:] if isinstance(found, list) else []
+            self.candidates[name] = [number for number in found if type(number) is int and number in numbers]
+
+
+class RemoteFunction:
+    """A student's function as a test sees it: called like any function, and it only ever gives values.
+
+    Arguments may be tensors, numbers, strings, None, tuples and lists of those, and `Counted` tensors, which stay
+    here: the student's side asks for their tiles. A tensor goes over as a copy: what is written into it over there
+    is not seen here.
+
+    Raises:
+        AnswerError: the student's function gave no result.
+    """
+
+    def __init__(self, student: Student, name: str, candidate: int | None):
+        self.__name__ = self.__qualname__ = name
+        self._student, self._candidate = student, candidate
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self._call(arguments, named, memory=False)[0]
+
+    def peak_memory(self, *arguments: Any, **named: Any) -> tuple[Any, int]:
+        """The result, and how many bytes the whole process took at most beyond the arguments, the result included.
+
+        It is measured from outside, in pages, and what the C library and torch take for themselves is in it: allow
+        for 4 MiB. A buffer that the notebook made before the call counts too, from `OWN_MEMORY` on.
+        """
+        return self._call(arguments, named, memory=True)
+
+    def _call(self, arguments: tuple, named: dict, memory: bool) -> tuple[Any, int]:
+        if self._candidate is None:
+            raise NotAnswered(self._student.why_not(self.__name__))
+        return self._student.call(self.__name__, self._candidate, arguments, named, memory)
+
+
+class _Server:
+    """Serves `load` and `store` of the tensors that were handed over; they are counted here."""
+
+    def __init__(self, counted: list[Counted]):
+        self.counted = counted
+        self.tiles: dict[int, Tensor] = {}  # on the chip: the function holds them
+        self.held = 0
+        self._numbers = itertools.count()
+
+    def free(self, numbers: Any) -> None:
+        for number in numbers if isinstance(numbers, list) else ():
+            self._forget(number)
+
+    def serve(self, message: dict, blob: bytearray) -> tuple[dict, list[memoryview]]:
+        request = next(self._numbers)
+        number = message.get("load", message.get("store"))
+        if request >= MAX_LOADS:
+            raise ProtocolError(f"more than {MAX_LOADS:,} loads and stores in a call")
+        if type(number) is not int or not 0 <= number < len(self.counted):
+            raise ProtocolError("a load or store of a tensor that it was not given")
+        index = _index(decode(message.get("index"), bytearray()))
+        tensor = self.counted[number]
+        if "store" in message:
+            tile = decode(message.get("tile"), blob)
+            if isinstance(tile, (int, float)):
+                tile = Tensor([tile])[0]
+            if not isinstance(tile, Tensor):
+                raise ProtocolError("a store of something that is no tensor")
+        try:
+            if "store" in message:
+                tensor.store(tile, *index)
+                return {"value": None}, []
+            tile = tensor.load(*index)
+        except (ValueError, IndexError, RuntimeError, TypeError) as error:
+            return {"raised": [type(error).__name__, str(error)[:300]], "value": None}, []
+        tree, blobs = encode(tile)
+        self._hold(request, tile)
+        return {"value": tree, "tile": request}, blobs
+
+    def _hold(self, number: int, tile: Tensor) -> None:
+        self.held += tile.nbytes
+        if self.held > MAX_HELD:
+            raise ProtocolError(f"it holds more than {MAX_HELD >> 20} MiB of tiles")
+        self.tiles[number] = tile
+
+    def _forget(self, number: Any) -> None:
+        if type(number) is int and number in self.tiles:
+            self.held -= self.tiles.pop(number).nbytes
+
+
+def _index(index: Any) -> tuple:
+    parts = index if isinstance(index, tuple) else (index,)
+    allowed = all(part is None or part is Ellipsis or type(part) in (int, slice) for part in parts)
+    if len(parts) > 8 or not allowed:
+        raise ProtocolError("an index that is more than ints, slices, ... and None")
+    return parts
+
+
+def _handle(value: Any, counted: list[Counted]) -> dict | None:
+    if not isinstance(value, Counted):
+        return None
+    counted.append(value)
+    return {"handle": [len(counted) - 1, str(value.dtype).removeprefix("torch."), list(value.shape)]}
+
+
+def _in_words(error: Any) -> str:
+    """An exception of the student's, from the fields that `worker.described` sends."""
+    error = error if isinstance(error, dict) else {}
+    words = f"{plain(error.get('type'), 80) or 'error'}: {plain(error.get('message'), 500)}".removesuffix(": ")
+    line, cell = error.get("line"), error.get("cell")
+    return words + (f" (cell {cell + 1}, line {line})" if type(line) is int and type(cell) is int else "")
+
+
+def plain(text: Any, limit: int = 10_000) -> str:
+    """Text from a student, safe to print: no escape codes, no control characters, cut to length."""
+    if not isinstance(text, str):
+        return ""
+    text = text[: limit + 1].replace("\r\n", "\n")
+    kept = "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else "�" for c in text)
+    return kept if len(kept) <= limit else kept[:limit] + " […]"

@@ -1,0 +1,166 @@
+"""A unit as the grader needs it: what its solution notebook asks, tests and gives points for."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+
+from course.tasks.release import ROOT, SOURCE, release
+
+
+@dataclass(frozen=True)
+class Test:
+    """A test cell, with the hidden tests in it: its points are earned when it raises nothing."""
+
+    __test__ = False  # pytest looks for classes of this name
+
+    grade_id: str
+    points: float
+    source: str
+    functions: tuple[str, ...]  # of the answers, those that it names
+
+
+@dataclass(frozen=True)
+class Text:
+    """A question that is answered in words and graded by hand."""
+
+    grade_id: str
+    points: float
+    placeholder: str
+    prompt: str  # the cell above it
+
+
+class Unit:
+    """A unit of `solutions/`.
+
+    Attributes:
+        name: its folder's.
+        solution, release: the notebooks, with and without answers.
+        functions: that the students write, in order.
+    """
+
+    def __init__(self, path: Path):
+        self.name = path.parent.name
+        self.solution = nbformat.read(path, as_version=4)
+        self.release: NotebookNode = release(nbformat.read(path, as_version=4))
+        self.hash = hashlib.sha256(path.read_bytes()).hexdigest()
+        answers = [cell for cell in self.solution.cells if is_answer(cell)]
+        tested = set().union(*(_names(cell.source) for cell in self.solution.cells if is_test(cell)))
+        self._defined = {
+            grade_id(cell): [name for name in _definitions(cell.source) if name in tested] for cell in answers
+        }
+        self.functions = [name for names in self._defined.values() for name in names]
+
+    @cached_property
+    def tests(self) -> list[Test]:
+        cells = [cell for cell in self.solution.cells if is_test(cell)]
+        return [Test(grade_id(cell), points(cell), cell.source, self._functions_in(cell.source)) for cell in cells]
+
+    @cached_property
+    def texts(self) -> list[Text]:
+        found, above = [], ""
+        for cell in self.release.cells:
+            if is_text(cell):
+                found.append(Text(grade_id(cell), points(cell), cell.source, above))
+            above = cell.source
+        return found
+
+    @cached_property
+    def grade_ids(self) -> set[str]:
+        return {grade_id(cell) for cell in self.solution.cells} - {""}
+
+    @cached_property
+    def cell_ids(self) -> set[str]:
+        return {cell.id for cell in self.release.cells if "id" in cell}
+
+    @cached_property
+    def placeholders(self) -> set[str]:
+        """The answers as they are handed out, and the cells that are only there to test them, without their form."""
+        return {form(cell.source) for cell in self.release.cells if is_answer(cell) or self._uses_answers(cell)}
+
+    @property
+    def items(self) -> list[Test | Text]:
+        """All that there are points for."""
+        return [*self.tests, *self.texts]
+
+    @property
+    def maximum(self) -> float:
+        return sum(item.points for item in self.items)
+
+    def defined_in(self, answer: NotebookNode) -> list[str]:
+        """The functions that stand in an answer cell."""
+        return self._defined[grade_id(answer)]
+
+    def setup(self, notebook: NotebookNode) -> list[str]:
+        """The code of a notebook, the solution or the release, that stands for itself: imports, helpers."""
+        ordinary = (cell for cell in notebook.cells if cell.cell_type == "code" and not grade_id(cell))
+        return [cell.source for cell in ordinary if not self._uses_answers(cell)]
+
+    def _uses_answers(self, cell: NotebookNode) -> bool:
+        return cell.cell_type == "code" and bool(self._functions_in(cell.source))
+
+    def _functions_in(self, source: str) -> tuple[str, ...]:
+        names = _names(source)
+        return tuple(name for name in self.functions if name in names)
+
+
+def find_units(root: Path = ROOT, only: str = "") -> list[Unit]:
+    """The units of `solutions/`, or the one whose folder's name begins so.
+
+    Raises:
+        ValueError: there is none.
+    """
+    paths = sorted(path for path in (root / SOURCE).glob("*/*.ipynb") if path.parent.name == path.stem)
+    chosen = [path for path in paths if path.stem.startswith(only)]
+    if not chosen:
+        raise ValueError(f"UNIT={only} is no unit: one of {', '.join(path.stem for path in paths) or '(none)'}")
+    return [Unit(path) for path in chosen]
+
+
+def is_answer(cell: NotebookNode) -> bool:
+    return cell.cell_type == "code" and _flag(cell, "solution")
+
+
+def is_test(cell: NotebookNode) -> bool:
+    return cell.cell_type == "code" and _flag(cell, "grade") and not _flag(cell, "solution")
+
+
+def is_text(cell: NotebookNode) -> bool:
+    return cell.cell_type == "markdown" and _flag(cell, "grade") and _flag(cell, "solution")
+
+
+def grade_id(cell: NotebookNode) -> str:
+    return cell.metadata.get("nbgrader", {}).get("grade_id", "")
+
+
+def points(cell: NotebookNode) -> float:
+    return float(cell.metadata.nbgrader.points)
+
+
+def form(source: str) -> str:
+    """What a source says, whatever its comments, blank lines and layout."""
+    try:
+        return ast.dump(ast.parse(source))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return "\n".join(line.strip() for line in source.splitlines() if line.strip())
+
+
+def _flag(cell: NotebookNode, name: str) -> bool:
+    return bool(cell.metadata.get("nbgrader", {}).get(name))
+
+
+def _names(source: str) -> set[str]:
+    try:
+        return {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+    except SyntaxError:  # a magic
+        return set()
+
+
+def _definitions(source: str) -> list[str]:
+    return [node.name for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
