@@ -64,8 +64,9 @@ class Channel:
         header = json.dumps(message, allow_nan=False).encode()
         blobs = blobs or []
         deadline = time.monotonic() + seconds
-        for part in (struct.pack(">IQ", len(header), sum(blob.nbytes for blob in blobs)) + header, *blobs):
-            self._send(memoryview(part).cast("B") if memoryview(part).nbytes else memoryview(b""), deadline)
+        start = struct.pack(">IQ", len(header), sum(blob.nbytes for blob in blobs)) + header
+        for part in (memoryview(start), *blobs):
+            self._send(part, deadline)
 
     def receive(self, seconds: float = math.inf) -> tuple[dict[str, Any], bytearray]:
         """The next JSON object, and the bytes that came beside it.
@@ -170,7 +171,8 @@ def _encode_tensor(tensor: Tensor, blobs: list[memoryview]) -> dict:
     if tensor.layout != torch.strided or tensor.device.type != "cpu":
         raise NotAValue(f"a {tensor.layout} tensor on {tensor.device}")
     if tensor.numel():
-        blobs.append(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        flat: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        blobs.append(memoryview(flat))
     return {"tensor": [_NAMES[tensor.dtype], list(tensor.shape), _layout(tensor)]}
 
 

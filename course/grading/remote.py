@@ -7,7 +7,7 @@ import re
 import time
 import unicodedata
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -200,9 +200,8 @@ class Student:
         except OSError:
             ended = self._sandbox.ended if self._sandbox else None
             self._lose(f"{what} ended the process" + (f": {ended}" if ended else ""))
-        raise AssertionError  # _lose always raises
 
-    def _lose(self, reason: str) -> None:
+    def _lose(self, reason: str) -> NoReturn:
         if self._sandbox and self._sandbox.ended and self._sandbox.ended not in reason:
             reason += f" ({self._sandbox.ended})"
         self._lost = reason

@@ -69,7 +69,10 @@ class Sandbox:
         self.worker = 0  # its process id
         self.connection, theirs = socket.socketpair()
         self._folder = tempfile.TemporaryDirectory(prefix="grading-") if unsafe else None
-        self._user_lock, self._user = (None, None) if unsafe or os.getuid() else _a_free_user()
+        self._lock: socket.socket | None = None
+        self._user: int | None = None
+        if not unsafe and os.getuid() == 0:
+            self._lock, self._user = _a_free_user()
         with theirs, _seccomp_file() as filter_file:
             inside = theirs.fileno()
             command = [*_prlimit(self.limits), *_python(inside, unsafe)]
@@ -114,7 +117,7 @@ class Sandbox:
         subprocess.run([*_become(self._user), *change], check=True)
         for _ in range(100):
             line = self._line_of_descent()
-            others = [process for process in self.processes() if process not in line]
+            others = [process for process in self.processes() if process not in line and _lives(process)]
             if not others:
                 return
             for signal_number in (signal.SIGSTOP, signal.SIGKILL):
@@ -147,21 +150,20 @@ class Sandbox:
         if self._process.stdout:
             self._process.stdout.close()
         self.connection.close()
-        if self._user_lock:
-            self._user_lock.close()
+        if self._lock:
+            self._lock.close()
         if self._folder:
             self._folder.cleanup()
 
     def reset_peak(self) -> None:
         """Starts the peak of the worker's resident memory anew."""
-        Path(f"/proc/{self.worker}/clear_refs").write_text("5")
+        with suppress(OSError):
+            Path(f"/proc/{self.worker}/clear_refs").write_text("5")
 
     def memory(self) -> tuple[int, int]:
-        """Bytes of the worker that are resident now, and at most since `reset_peak`."""
-        lines = Path(f"/proc/{self.worker}/status").read_text().splitlines()
-        fields = dict(line.split(":", 1) for line in lines if line.startswith(("VmRSS", "VmHWM")))
-        resident, peak = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
-        return resident, peak
+        """Bytes of the worker that are resident now, and at most since `reset_peak`; 0 where it is gone."""
+        sizes = _kibibytes(f"/proc/{self.worker}/status", "VmRSS", "VmHWM")
+        return sizes["VmRSS"], sizes["VmHWM"]
 
     def _drain(self) -> None:
         """Reads what the sandbox prints, so that it never waits for a reader, and throws it away."""
@@ -176,7 +178,9 @@ class Sandbox:
 
     def _watch(self) -> None:
         while self._process.poll() is None:
-            if sum(map(_resident, self.processes())) > self.limits.memory:
+            processes = self.processes()
+            # Pages that processes share stand in the first sum once for each; the second is right, and slow.
+            if sum(map(_resident, processes)) > self.limits.memory < sum(map(_own_part, processes)):
                 return self.end(f"it used more than {self.limits.memory // MEBIBYTE} MiB of memory")
             time.sleep(0.05)
 
@@ -194,6 +198,29 @@ def _resident(process: int) -> int:
     with suppress(OSError):
         return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * resource.getpagesize()
     return 0
+
+
+def _own_part(process: int) -> int:
+    """Resident bytes, each page divided by the number of processes that share it."""
+    return _kibibytes(f"/proc/{process}/smaps_rollup", "Pss")["Pss"]
+
+
+def _kibibytes(path: str, *names: str) -> dict[str, int]:
+    """Sizes from one of the kernel's tables, in bytes; 0 where there is none."""
+    found = dict.fromkeys(names, 0)
+    with suppress(OSError):
+        for line in Path(path).read_text().splitlines():
+            name, _, rest = line.partition(":")
+            if name in found:
+                found[name] = int(rest.split()[0]) * 1024
+    return found
+
+
+def _lives(process: int) -> bool:
+    """Whether it is more than an entry in the table that its parent has not read yet."""
+    with suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 def _signal(process: int, number: signal.Signals) -> None:

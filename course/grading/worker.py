@@ -24,7 +24,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
+from IPython.core.compilerop import CachingCompiler
+from IPython.core.interactiveshell import InteractiveShell
 from protocol import Channel, NotAValue, decode, encode
+from traitlets import Type
+from traitlets.config import Config
 
 OUTPUT = 10_000  # characters of a cell's output that are kept
 CANDIDATES = 3  # definitions of a function that are tried, the last ones
@@ -63,21 +67,10 @@ class Notebook:
     """
 
     def __init__(self) -> None:
-        from IPython.core.interactiveshell import InteractiveShell
-        from traitlets.config import Config
-
-        class Shell(InteractiveShell):
-            def enable_gui(self, gui=None):  # %matplotlib inline
-                pass
-
         settings = Config()
         settings.HistoryManager.enabled = False
-        settings.InteractiveShell.colors = "nocolor"
         self.shell = Shell.instance(config=settings)
-        self.shell.showtraceback = self.shell.showsyntaxerror = lambda *_, **__: None  # `described` has the words
-        self.shell.user_module.__name__ = "__main__"
         self.cell = 0
-        self.shell.compile.get_code_name = lambda *_: f"<cell {self.cell}>"
         self.candidates: dict[str, list[tuple[int, Callable]]] = {}
 
     def run(self, cells: list[dict], wanted: list[str]) -> dict:
@@ -100,7 +93,7 @@ class Notebook:
         return {"outcomes": list(outcomes.values()), "candidates": names}
 
     def _run_one(self, cell: dict, wanted: list[str]) -> dict:
-        self.cell = cell["number"]
+        self.cell = Compiler.cell = cell["number"]
         namespace = self.shell.user_ns
         before = {name: namespace.get(name) for name in wanted}
         printed = Printed()
@@ -117,6 +110,29 @@ class Notebook:
             if callable(function) and function is not before[name]:
                 self.candidates.setdefault(name, []).append((self.cell, function))
         return {"number": self.cell, "error": error, "output": printed.getvalue()}
+
+
+class Compiler(CachingCompiler):
+    """Names a cell's code after its number, so that a traceback says which cell it was."""
+
+    cell = 0
+
+    def get_code_name(self, raw_code: str, transformed_code: str, number: int) -> str:
+        return f"<cell {self.cell}>"
+
+
+class Shell(InteractiveShell):
+    """IPython as in a notebook, magics included, without a screen."""
+
+    compiler_class = Type(Compiler)
+
+    def enable_gui(self, gui: Any = None) -> None:  # %matplotlib inline
+        pass
+
+    def showtraceback(self, *_: Any, **__: Any) -> None:  # `described` has the words
+        pass
+
+    showsyntaxerror = showindentationerror = showtraceback
 
 
 class Printed(io.StringIO):
@@ -248,18 +264,19 @@ def fused_attention_is_off() -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError("torch's own attention is no answer here: write it with matrix products and softmax")
 
-    functional = torch.nn.functional
-    functional.scaled_dot_product_attention = functional.multi_head_attention_forward = refuse
-    torch.nn.MultiheadAttention.forward = refuse
-    for name in dir(torch.ops.aten):
+    functional, operators = torch.nn.functional, torch.ops.aten
+    for name in ("scaled_dot_product_attention", "multi_head_attention_forward"):
+        setattr(functional, name, refuse)
+    for name in dir(operators):
         if "scaled_dot_product" in name:
-            setattr(torch.ops.aten, name, refuse)
+            setattr(operators, name, refuse)
+    torch.nn.MultiheadAttention.forward = refuse  # type: ignore
 
 
 if __name__ == "__main__":
-    # Threads that the student's cells left behind must not keep the process, and torch has none of its own.
+    # More threads could not be started, and torch would end the process.
     torch.set_num_threads(1)
-    torch.set_num_threads = lambda count: None
+    torch.set_num_threads = lambda count: None  # type: ignore
     try:
         main()
     except (ConnectionError, KeyboardInterrupt):
