@@ -185,6 +185,10 @@ class Remote:
         else:
             self.send({"returned": tree}, blobs)
 
+    def free(self, tile: int) -> None:
+        """Notes a tile that the function let go of; the grader hears of it with the next message."""
+        self.freed.append(tile)
+
     def send(self, message: dict, blobs: list[memoryview] | None = None) -> None:
         freed, self.freed = self.freed, []
         self.channel.send(message | {"freed": freed}, blobs)
@@ -213,7 +217,7 @@ class CountedHandle:
         """Reads a tile, `tensor[index]`. It is on the chip for as long as you keep it."""
         tile, value = self._remote.ask({"load": self._number, "index": encode(index)[0]}, [])
         if tile is not None:
-            weakref.finalize(value, self._remote.freed.append, tile)
+            weakref.finalize(value, self._remote.free, tile)
         return value
 
     def store(self, tile: Any, *index: Any) -> None:
