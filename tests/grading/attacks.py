@@ -1,0 +1,529 @@
+"""Submissions that mean harm: what each tries, and what its answer is worth."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tests.grading.notebooks import POINTS, RIGHT, WRONG
+
+
+class Attack(NamedTuple):
+    """A submission that means harm.
+
+    Attributes:
+        tried: in words.
+        answer: its answer's cell.
+        cell: a cell that it added before it. COURSE stands for the course's folder, PORT for one that listens.
+        earned: the points that its answer is worth.
+        says: what stands in a verdict or in an output, so that it is seen where it was stopped.
+    """
+
+    tried: str
+    answer: str = WRONG
+    cell: str = ""
+    earned: float = 0
+    says: str = ""
+
+
+ATTACKS = {
+    "asserts-deleted": Attack(
+        "an AST transformer that deletes asserts",
+        cell="""
+            import ast
+            class Drop(ast.NodeTransformer):
+                def visit_Assert(self, node): return ast.Pass()
+            get_ipython().ast_transformers.append(Drop())
+        """,
+        says="expected",
+    ),
+    "always-equal": Attack(
+        "a result whose __eq__ is always true",
+        answer="""
+            class Equal:
+                __eq__ = __le__ = __ge__ = lambda *_: True
+                def __getattr__(self, name): return self
+                __call__ = __getitem__ = lambda self, *_, **__: self
+            def gqa_attention(q, k, v):
+                return Equal()
+        """,
+        says="an object of type Equal",
+    ),
+    "lying-tensor": Attack(
+        "a tensor subclass that answers every comparison with yes",
+        answer="""
+            class Liar(torch.Tensor):
+                @classmethod
+                def __torch_function__(cls, f, types, args=(), kwargs=None):
+                    if f.__name__ in ('allclose', 'equal', 'all'):
+                        return True
+                    return super().__torch_function__(f, types, args, kwargs or {})
+            def gqa_attention(q, k, v):
+                return torch.zeros_like(q).as_subclass(Liar)
+        """,
+        says="expected",
+    ),
+    "pickle": Attack(
+        "an object that runs code where it is unpickled",
+        answer="""
+            class Bomb:
+                def __reduce__(self): return print, ('unpickled',)
+            def gqa_attention(q, k, v):
+                return Bomb()
+        """,
+        says="an object of type Bomb",
+    ),
+    "reads-solutions": Attack(
+        "takes the answer from solutions/",
+        cell="""
+            from pathlib import Path
+            found = list(Path('COURSE').rglob('*.ipynb'))
+            print('found', found)
+            assert found
+        """,
+        says="found []",
+    ),
+    "imports-library": Attack(
+        "calls the library's attention",
+        answer="""
+            from minillm.attention import naive
+            def gqa_attention(q, k, v):
+                group = q.shape[2] // k.shape[2]
+                k, v = (x.repeat_interleave(group, 2) for x in (k, v))
+                scores = torch.einsum("bihd,bjhd->bhij", q, k) / q.shape[-1] ** 0.5
+                later = torch.ones(scores.shape[-2:]).triu(1 + k.shape[1] - q.shape[1]).bool()
+                return torch.einsum("bhij,bjhd->bihd", scores.masked_fill(later, -torch.inf).softmax(-1), v)
+        """,
+        says="minillm is not available",
+    ),
+    "calls-sdpa": Attack(
+        "calls PyTorch's attention",
+        answer="""
+            def gqa_attention(q, k, v):
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        """,
+        says="torch's own attention is no answer here",
+    ),
+    "gradebook": Attack(
+        "opens the gradebook, the results and the other submissions",
+        cell="""
+            import os, pathlib
+            for top, _, names in os.walk('/'):
+                if top.startswith(('/proc', '/usr')) or 'site-packages' in top: continue
+                for name in names:
+                    if name.endswith(('.db', '.ipynb', '.csv', 'hand.json')): print('FOUND', top, name)
+            print('searched')
+        """,
+        says="searched",
+    ),
+    "host-files": Attack(
+        "reads the home folder, the environment and the password file",
+        cell="""
+            import os, pathlib
+            print(sorted(os.environ))
+            for p in ('/root', '/home', '/etc'):
+                print(p, os.listdir(p) if os.path.exists(p) else None)
+            print(open('/etc/passwd').read())
+        """,
+        says="Error",
+    ),
+    "host-writes": Attack(
+        "writes to every folder outside /tmp",
+        cell="""
+            import os
+            for top, folders, _ in os.walk('/'):
+                if top.startswith(('/proc', '/tmp')): continue
+                try: open(top + '/owned', 'w'); print('WROTE', top)
+                except OSError: pass
+            print('walked')
+        """,
+        says="walked",
+    ),
+    "zeros": Attack(
+        "forges the numbers: zeros",
+        answer="""
+            def gqa_attention(q, k, v):
+                return torch.zeros_like(q)
+        """,
+        says="expected",
+    ),
+    "nan": Attack(
+        "forges the numbers: NaN",
+        answer="""
+            def gqa_attention(q, k, v):
+                return q * float('nan')
+        """,
+        says="NaN",
+    ),
+    "infinite": Attack(
+        "forges the numbers: infinite",
+        answer="""
+            def gqa_attention(q, k, v):
+                return q / 0
+        """,
+        says="expected",
+    ),
+    "remembers": Attack(
+        "looks up the right answers of the public cases, which a learner always sees",
+        answer="""
+            import hashlib
+            KNOWN = {}
+            def gqa_attention(q, k, v):
+                return KNOWN.get(hashlib.sha256(q.numpy()).hexdigest(), q[..., :])
+        """,
+        says="expected",
+    ),
+    "patched-torch": Attack(
+        "replaces torch's comparisons and tensor methods",
+        cell="""
+            torch.equal = torch.allclose = lambda *_, **__: True
+            for name in ('isnan', 'isinf', 'abs', 'max', 'double', '__eq__', '__le__'):
+                setattr(torch.Tensor, name, lambda self, *_, **__: torch.zeros(()))
+        """,
+    ),
+    "patched-course": Attack(
+        "replaces the course's check in every module",
+        cell="""
+            import sys
+            def check(*_): return 'right'
+            for m in list(sys.modules.values()):
+                for name in ('check', 'grade', 'decode', 'encode', 'error_budget'):
+                    if hasattr(m, name) and name != 'decode': setattr(m, name, lambda *_: None)
+        """,
+    ),
+    "own-check": Attack(
+        "brings its own check and test cells",
+        cell="""
+            def check(*_): return 'right'
+            check(None)
+        """,
+    ),
+    "forged-result": Attack(
+        "writes a frame that says «right» into the pipe to the grader, before it is asked",
+        cell="""
+            import socket, struct, json, sys
+            s = socket.socket(fileno=int(sys.argv[1]))
+            h = json.dumps({'outcomes': [], 'candidates': {}, 'score': 6, 'verdicts': ['right']}).encode()
+            s.setblocking(True)
+            s.sendall(struct.pack('>IQ', len(h), 0) + h)
+            s.detach()
+        """,
+        says="no cell defines",
+    ),
+    "forged-size": Attack(
+        "announces a frame of 16 exabytes",
+        answer="""
+            def gqa_attention(q, k, v):
+                import os, struct, sys
+                os.write(int(sys.argv[1]), struct.pack('>IQ', 10, 2**64 - 1))
+        """,
+        cell="""
+            import os, struct, sys
+        """,
+        says="at most",
+    ),
+    "forged-json": Attack(
+        "sends a header that is a hundred thousand brackets",
+        answer="""
+            def gqa_attention(q, k, v):
+                import os, struct, sys
+                h = b'[' * 100_000
+                os.write(int(sys.argv[1]), struct.pack('>IQ', len(h), 0) + h)
+        """,
+        says="not JSON",
+    ),
+    "forged-tensor": Attack(
+        "sends a tensor with a shape that is larger than its bytes",
+        answer="""
+            def gqa_attention(q, k, v):
+                import os, struct, sys
+                h = b'{"returned": {"tensor": ["float32", [1099511627775], null]}}'
+                os.write(int(sys.argv[1]), struct.pack('>IQ', len(h), 0) + h)
+        """,
+        says="larger than its bytes",
+    ),
+    "huge-result": Attack(
+        "returns a tensor of 1 GiB",
+        answer="""
+            def gqa_attention(q, k, v):
+                return torch.zeros(1).expand(1 << 28)
+        """,
+        says="may be sent",
+    ),
+    "deep-result": Attack(
+        "returns lists in lists in lists",
+        answer="""
+            def gqa_attention(q, k, v):
+                x = []
+                for _ in range(50): x = [x]
+                return x
+        """,
+        says="nested",
+    ),
+    "memory-bomb": Attack(
+        "takes memory without end",
+        cell="""
+            x = []
+            while True: x.append(bytearray(1 << 26))
+        """,
+        says="of memory",
+    ),
+    "many-memories": Attack(
+        "takes it in many processes, each within its limit",
+        cell="""
+            import os, time
+            for _ in range(12):
+                if not os.fork():
+                    x = bytearray(b'x') * (300 << 20)
+                    time.sleep(30)
+            time.sleep(30)
+        """,
+        says="of memory",
+    ),
+    "fork-bomb": Attack(
+        "a fork bomb",
+        cell="""
+            import os
+            n = 0
+            try:
+                while True:
+                    if not os.fork():
+                        while True: os.fork()
+                    n += 1
+            except OSError as error:
+                print('stopped', error)
+        """,
+        says="stopped",
+    ),
+    "disk-filler": Attack(
+        "fills the disk",
+        cell="""
+            import os
+            try:
+                for n in range(10_000):
+                    open(f'/tmp/{n}', 'wb').write(bytes(1 << 24))
+            except OSError as error:
+                print('stopped', n << 4, 'MiB', error.strerror)
+        """,
+        says="stopped",
+    ),
+    "hidden-memory": Attack(
+        "memory that no limit counts: memfd, System V shared memory, /dev/shm",
+        cell="""
+            import ctypes, os
+            c = ctypes.CDLL(None, use_errno=True)
+            print('shm', c.shmget(0, 1 << 30, 0o1600))
+            try: open('/dev/shm/x', 'wb'); print('GOT /dev/shm')
+            except OSError: pass
+            os.memfd_create('x')
+        """,
+        says="PermissionError",
+    ),
+    "endless-loop": Attack(
+        "never returns",
+        answer="""
+            def gqa_attention(q, k, v):
+                import time
+                while True: time.sleep(1)
+        """,
+        says="did not end within",
+    ),
+    "endless-cell": Attack(
+        "a cell that never ends",
+        cell="""
+            import time
+            while True: time.sleep(1)
+        """,
+        says="did not end",
+    ),
+    "os-exit": Attack(
+        "ends the process in its function",
+        answer="""
+            def gqa_attention(q, k, v):
+                import os
+                os._exit(0)
+        """,
+        says="ended the process",
+    ),
+    "sys-exit": Attack(
+        "sys.exit while it is imported",
+        cell="""
+            import sys
+            sys.exit(0)
+        """,
+        says="expected",
+    ),
+    "kills": Attack(
+        "kills its parent and every process that it can",
+        cell="""
+            import os, signal
+            for pid in (os.getppid(), 1, -1):
+                try: os.kill(pid, signal.SIGKILL)
+                except OSError as error: print(pid, error)
+        """,
+    ),
+    "output-flood": Attack(
+        "prints without end",
+        cell="""
+            import os
+            for _ in range(1 << 20): os.write(1, b'x' * 65536)
+        """,
+        says="printed more",
+    ),
+    "threads-left": Attack(
+        "leaves threads running, which change things while the function is graded; the answer is right",
+        answer=RIGHT,
+        cell="""
+            import threading, time
+            def run():
+                while True: torch.manual_seed(0); time.sleep(0.01)
+            for _ in range(8): threading.Thread(target=run, daemon=True).start()
+        """,
+        earned=POINTS,
+    ),
+    "processes-left": Attack(
+        "leaves processes running; the answer is right",
+        answer=RIGHT,
+        cell="""
+            import os, time
+            for _ in range(4):
+                if not os.fork():
+                    os.setsid()
+                    time.sleep(600)
+        """,
+        earned=POINTS,
+    ),
+    "network": Attack(
+        "sends its inputs over the network",
+        cell="""
+            import socket
+            try: socket.create_connection(('127.0.0.1', PORT), 2); print('CONNECTED')
+            except OSError as error: print('no network', error)
+            socket.getaddrinfo('example.org', 80)
+        """,
+        says="no network",
+    ),
+    "namespaces": Attack(
+        "opens a user namespace to become root in it",
+        cell="""
+            import ctypes, os
+            c = ctypes.CDLL(None)
+            print('unshare', c.unshare(0x10000000), 'mount', c.mount(b'x', b'/tmp', b'tmpfs', 0, None))
+        """,
+        says="unshare -1 mount -1",
+    ),
+    "escape-codes": Attack(
+        "escape codes and HTML in its outputs, its exception and its words",
+        answer=r"""
+            def gqa_attention(q, k, v):
+                raise ValueError('\x1b]0;owned\x07\x1b[2J<script>alert(1)</script>')
+        """,
+        cell=r"""
+            print('\x1b[2J\x1b]0;owned\x07<script>alert(2)</script><img src=x onerror=alert(3)>')
+        """,
+        says="<script>",
+    ),
+    "strange-exception": Attack(
+        "an exception whose words cannot be had",
+        answer="""
+            class Odd(Exception):
+                def __str__(self): raise SystemExit
+            def gqa_attention(q, k, v):
+                raise Odd
+        """,
+    ),
+}
+
+# On unit 03: `flash_forward` is judged by what it moves too, `grad_q` by its memory.
+ON_TILING = {
+    "loads-everything": Attack(
+        "loads all of K and V at once",
+        answer="""
+            def flash_forward(q, k, v, out, block_q, block_k):
+                whole = slice(None)
+                queries, keys, values = q.load(whole), k.load(whole), v.load(whole)
+                scores = queries @ keys.T / q.shape[1] ** 0.5
+                later = torch.ones_like(scores).triu(1).bool()
+                out.store(scores.masked_fill(later, -torch.inf).softmax(-1) @ values, whole)
+        """,
+        says="need more than sram",
+    ),
+    "hoards": Attack(
+        "loads each tile once, keeps copies of all, and computes with those",
+        answer="""
+            def flash_forward(q, k, v, out, block_q, block_k):
+                n = len(range(q.shape[0]))
+                def copy(x):
+                    rows = [slice(i, i + block_k) for i in range(0, n, block_k)]
+                    return torch.cat([x.load(part).clone() for part in rows])
+                queries, keys, values = copy(q), copy(k), copy(v)
+                scores = queries @ keys.T / q.shape[1] ** 0.5
+                later = torch.ones_like(scores).triu(1).bool()
+                result = scores.masked_fill(later, -torch.inf).softmax(-1) @ values
+                for i in range(0, n, block_q):
+                    out.store(result[i : i + block_q], slice(i, i + block_q))
+        """,
+        earned=6,  # the numbers are right, the traffic is not
+        says="you keep copies of tiles",
+    ),
+    "forged-free": Attack(
+        "keeps all tiles, and tells the grader that it has let go of them",
+        answer="""
+            def flash_forward(q, k, v, out, block_q, block_k):
+                n = q.shape[0]
+                def keep(x):
+                    found = []
+                    for i in range(0, n, block_k):
+                        found.append(x.load(slice(i, i + block_k)))
+                        x._remote.freed += range(100_000)
+                    return torch.cat(found)
+                queries, keys, values = keep(q), keep(k), keep(v)
+                scores = queries @ keys.T / q.shape[1] ** 0.5
+                later = torch.ones_like(scores).triu(1).bool()
+                result = scores.masked_fill(later, -torch.inf).softmax(-1) @ values
+                for i in range(0, n, block_q):
+                    out.store(result[i : i + block_q], slice(i, i + block_q))
+        """,
+        earned=6,
+        says="you keep copies of tiles",
+    ),
+    "other-tensors": Attack(
+        "loads from a tensor that it was not given, and with an index that is none",
+        answer="""
+            def flash_forward(q, k, v, out, block_q, block_k):
+                for message in ({"load": 7, "index": {"tuple": []}}, {"load": 0, "index": {"list": [1, True]}}):
+                    q._remote.ask(message, [])
+        """,
+        says="a tensor that it was not given",
+    ),
+    "buffer-before": Attack(
+        "makes the large buffer before it is measured",
+        answer="""
+            BUFFER = torch.ones(9000 * 9000)
+            def grad_q(q, k, v, out, lse, grad_out, block_q, block_k):
+                n, scale = len(q), q.shape[1] ** -0.5
+                p = BUFFER[: n * n].view(n, n)
+                torch.matmul(q, k.T, out=p)
+                p.mul_(scale).sub_(lse[:, None]).exp_().tril_()
+                delta = (grad_out * out).sum(-1, keepdim=True)
+                rows = [slice(i, i + 200) for i in range(0, n, 200)]
+                return torch.cat([(p[r] * (grad_out[r] @ v.T - delta[r])) @ k * scale for r in rows])
+        """,
+        earned=3,
+        says="probabilities of the whole sequence",
+    ),
+    "memory-elsewhere": Attack(
+        "computes in a process of its own, whose memory is not the one that is measured",
+        answer="""
+            import os, pickle
+            def grad_q(q, k, v, out, lse, grad_out, block_q, block_k):
+                here, there = os.pipe()
+                if not os.fork():
+                    scores = (q @ k.T * q.shape[1] ** -0.5 - lse[:, None]).exp().tril()
+                    result = scores * (grad_out @ v.T - (grad_out * out).sum(-1, keepdim=True)) @ k * q.shape[1] ** -0.5
+                    os.write(there, pickle.dumps(result))
+                    os._exit(0)
+                return pickle.loads(os.read(here, 1 << 20))
+        """,
+        says="BlockingIOError",
+    ),
+}
