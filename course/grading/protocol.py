@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-import selectors
+import select
 import socket
 import struct
 import time
@@ -51,8 +51,7 @@ class Channel:
     def __init__(self, connection: socket.socket):
         connection.setblocking(False)
         self._socket = connection
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(connection, selectors.EVENT_READ)
+        self._came = bytearray()  # read, and not yet asked for
 
     def send(self, message: dict[str, Any], blobs: list[memoryview] | None = None, seconds: float = math.inf) -> None:
         """Sends a JSON object, and bytes beside it.
@@ -77,6 +76,8 @@ class Channel:
             ProtocolError: what came is no frame.
         """
         deadline = time.monotonic() + seconds
+        if seconds <= 0:  # who sends without a pause never makes us wait
+            raise TimeoutError
         header_size, size = struct.unpack(">IQ", self._receive(12, deadline))
         if header_size > MAX_HEADER or size > MAX_BYTES:
             raise ProtocolError(f"a message of {header_size + size:,} bytes; at most {MAX_BYTES:,} may be sent")
@@ -89,38 +90,45 @@ class Channel:
             raise ProtocolError("a message that is not an object")
         return message, blob
 
-    def close(self) -> None:
-        self._selector.close()
-        self._socket.close()
-
     def _send(self, data: memoryview, deadline: float) -> None:
         while data:
-            self._wait(selectors.EVENT_WRITE, deadline)
             try:
                 data = data[self._socket.send(data[: 1 << 20]) :]
             except BlockingIOError:
-                continue
+                self._wait(select.POLLOUT, deadline)
 
     def _receive(self, size: int, deadline: float) -> bytearray:
         data = bytearray(size)
-        rest = memoryview(data)
-        while rest:
-            self._wait(selectors.EVENT_READ, deadline)
+        count = min(size, len(self._came))
+        data[:count] = self._came[:count]
+        del self._came[:count]
+        while count < size:
             try:
-                count = self._socket.recv_into(rest)
+                count += self._read_some(memoryview(data)[count:])
             except BlockingIOError:
-                continue
-            if not count:
-                raise ConnectionError("the other side is gone")
-            rest = rest[count:]
+                self._wait(select.POLLIN, deadline)
         return data
+
+    def _read_some(self, rest: memoryview) -> int:
+        """Fills the beginning of `rest`; what comes beyond its end is kept for the next time."""
+        if len(rest) >= 1 << 16:
+            count = self._socket.recv_into(rest)
+        else:
+            came = self._socket.recv(1 << 16)
+            count = min(len(came), len(rest))
+            rest[:count] = came[:count]
+            self._came += came[count:]
+        if not count:
+            raise ConnectionError("the other side is gone")
+        return count
 
     def _wait(self, event: int, deadline: float) -> None:
         left = deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError
-        self._selector.modify(self._socket, event)
-        self._selector.select(None if math.isinf(left) else left)
+        ready = select.poll()
+        ready.register(self._socket, event)
+        ready.poll(None if math.isinf(left) else left * 1000)
 
 
 def encode(value: Any, handle: Callable[[Any], dict | None] = lambda value: None) -> tuple[Any, list[memoryview]]:

@@ -37,12 +37,13 @@ ATTACKS = {
         says="expected",
     ),
     "always-equal": Attack(
-        "a result whose __eq__ is always true",
+        "a result whose __eq__ is always true, and which runs code where it is unpickled",
         answer="""
             class Equal:
                 __eq__ = __le__ = __ge__ = lambda *_: True
                 def __getattr__(self, name): return self
                 __call__ = __getitem__ = lambda self, *_, **__: self
+                def __reduce__(self): return print, ('unpickled',)
             def gqa_attention(q, k, v):
                 return Equal()
         """,
@@ -62,69 +63,32 @@ ATTACKS = {
         """,
         says="expected",
     ),
-    "pickle": Attack(
-        "an object that runs code where it is unpickled",
-        answer="""
-            class Bomb:
-                def __reduce__(self): return print, ('unpickled',)
-            def gqa_attention(q, k, v):
-                return Bomb()
-        """,
-        says="an object of type Bomb",
-    ),
-    "reads-solutions": Attack(
-        "takes the answer from solutions/",
-        cell="""
-            from pathlib import Path
-            found = list(Path('COURSE').rglob('*.ipynb'))
-            print('found', found)
-            assert found
-        """,
-        says="found []",
-    ),
-    "imports-library": Attack(
-        "calls the library's attention",
-        answer="""
-            from minillm.attention import naive
-            def gqa_attention(q, k, v):
-                group = q.shape[2] // k.shape[2]
-                k, v = (x.repeat_interleave(group, 2) for x in (k, v))
-                scores = torch.einsum("bihd,bjhd->bhij", q, k) / q.shape[-1] ** 0.5
-                later = torch.ones(scores.shape[-2:]).triu(1 + k.shape[1] - q.shape[1]).bool()
-                return torch.einsum("bhij,bjhd->bihd", scores.masked_fill(later, -torch.inf).softmax(-1), v)
-        """,
-        says="minillm is not available",
-    ),
     "calls-sdpa": Attack(
-        "calls PyTorch's attention",
+        "calls the library's attention, or else PyTorch's",
         answer="""
+            try:
+                from minillm.attention import attention
+            except ImportError as error:
+                print(error)
+                attention = torch.nn.functional.scaled_dot_product_attention
             def gqa_attention(q, k, v):
-                return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+                return attention(q, k, v)
         """,
         says="torch's own attention is no answer here",
     ),
-    "gradebook": Attack(
-        "opens the gradebook, the results and the other submissions",
+    "reads": Attack(
+        "looks for the solutions, the gradebook, other submissions, the home folder and the environment",
         cell="""
             import os, pathlib
+            print('the course', list(pathlib.Path('COURSE').rglob('*.ipynb')))
             for top, _, names in os.walk('/'):
-                if top.startswith(('/proc', '/usr')) or 'site-packages' in top: continue
-                for name in names:
-                    if name.endswith(('.db', '.ipynb', '.csv', 'hand.json')): print('FOUND', top, name)
-            print('searched')
-        """,
-        says="searched",
-    ),
-    "host-files": Attack(
-        "reads the home folder, the environment and the password file",
-        cell="""
-            import os, pathlib
-            print(sorted(os.environ))
-            for p in ('/root', '/home', '/etc'):
-                print(p, os.listdir(p) if os.path.exists(p) else None)
+                if not top.startswith(('/proc', '/usr')) and 'site-packages' not in top:
+                    for name in names:
+                        if name.endswith(('.db', '.ipynb', '.csv', 'hand.json', '.bashrc')): print('FOUND', top, name)
+            if 'COURSE' in str(os.environ): print('FOUND in the environment')
             print(open('/etc/passwd').read())
         """,
-        says="Error",
+        says="the course []",
     ),
     "host-writes": Attack(
         "writes to every folder outside /tmp",
@@ -138,27 +102,13 @@ ATTACKS = {
         """,
         says="walked",
     ),
-    "zeros": Attack(
-        "forges the numbers: zeros",
+    "forged-numbers": Attack(
+        "forges the numbers: zeros, NaN and infinite ones in turn",
         answer="""
+            import itertools
+            NUMBERS = itertools.cycle([0.0, float('nan'), float('inf')])
             def gqa_attention(q, k, v):
-                return torch.zeros_like(q)
-        """,
-        says="expected",
-    ),
-    "nan": Attack(
-        "forges the numbers: NaN",
-        answer="""
-            def gqa_attention(q, k, v):
-                return q * float('nan')
-        """,
-        says="NaN",
-    ),
-    "infinite": Attack(
-        "forges the numbers: infinite",
-        answer="""
-            def gqa_attention(q, k, v):
-                return q / 0
+                return torch.full_like(q, next(NUMBERS))
         """,
         says="expected",
     ),
@@ -181,20 +131,13 @@ ATTACKS = {
         """,
     ),
     "patched-course": Attack(
-        "replaces the course's check in every module",
+        "brings its own check, and puts it into every module",
         cell="""
             import sys
             def check(*_): return 'right'
             for m in list(sys.modules.values()):
                 for name in ('check', 'grade', 'decode', 'encode', 'error_budget'):
                     if hasattr(m, name) and name != 'decode': setattr(m, name, lambda *_: None)
-        """,
-    ),
-    "own-check": Attack(
-        "brings its own check and test cells",
-        cell="""
-            def check(*_): return 'right'
-            check(None)
         """,
     ),
     "forged-result": Attack(
@@ -209,55 +152,26 @@ ATTACKS = {
         """,
         says="no cell defines",
     ),
-    "forged-size": Attack(
-        "announces a frame of 16 exabytes",
+    "forged-frames": Attack(
+        "sends a frame of 16 exabytes, a header of brackets, a tensor that is larger than its bytes",
         answer="""
-            def gqa_attention(q, k, v):
-                import os, struct, sys
-                os.write(int(sys.argv[1]), struct.pack('>IQ', 10, 2**64 - 1))
-        """,
-        cell="""
             import os, struct, sys
-        """,
-        says="at most",
-    ),
-    "forged-json": Attack(
-        "sends a header that is a hundred thousand brackets",
-        answer="""
             def gqa_attention(q, k, v):
-                import os, struct, sys
-                h = b'[' * 100_000
-                os.write(int(sys.argv[1]), struct.pack('>IQ', len(h), 0) + h)
+                tensor = b'{"returned": {"tensor": ["float32", [1099511627775], null]}}'
+                header, size = {5: (b'', 2**64 - 1), 7: (b'[' * 100_000, 0), 6: (tensor, 0)}[q.shape[1]]
+                os.write(int(sys.argv[1]), struct.pack('>IQ', len(header), size) + header)
         """,
-        says="not JSON",
-    ),
-    "forged-tensor": Attack(
-        "sends a tensor with a shape that is larger than its bytes",
-        answer="""
-            def gqa_attention(q, k, v):
-                import os, struct, sys
-                h = b'{"returned": {"tensor": ["float32", [1099511627775], null]}}'
-                os.write(int(sys.argv[1]), struct.pack('>IQ', len(h), 0) + h)
-        """,
-        says="larger than its bytes",
+        says="a tensor that is larger than its bytes",
     ),
     "huge-result": Attack(
-        "returns a tensor of 1 GiB",
+        "returns a tensor of 1 GiB, lists in lists, a million numbers",
         answer="""
             def gqa_attention(q, k, v):
-                return torch.zeros(1).expand(1 << 28)
+                deep = []
+                for _ in range(50): deep = [deep]
+                return {5: torch.zeros(1).expand(1 << 28), 7: deep, 6: [0] * 1_000_000}[q.shape[1]]
         """,
-        says="may be sent",
-    ),
-    "deep-result": Attack(
-        "returns lists in lists in lists",
-        answer="""
-            def gqa_attention(q, k, v):
-                x = []
-                for _ in range(50): x = [x]
-                return x
-        """,
-        says="nested",
+        says="nested more than",
     ),
     "memory-bomb": Attack(
         "takes memory without end",
@@ -344,22 +258,16 @@ ATTACKS = {
         """,
         says="ended the process",
     ),
-    "sys-exit": Attack(
-        "sys.exit while it is imported",
-        cell="""
-            import sys
-            sys.exit(0)
-        """,
-        says="expected",
-    ),
     "kills": Attack(
-        "kills its parent and every process that it can",
+        "kills its parent and every process that it can, then sys.exit while it is imported",
         cell="""
-            import os, signal
+            import os, signal, sys
             for pid in (os.getppid(), 1, -1):
                 try: os.kill(pid, signal.SIGKILL)
                 except OSError as error: print(pid, error)
+            sys.exit(0)
         """,
+        says="SystemExit",
     ),
     "output-flood": Attack(
         "prints without end",

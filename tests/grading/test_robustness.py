@@ -71,21 +71,22 @@ PLACEHOLDER = next(cell["source"] for cell in released()["cells"] if grade_id(ce
 # How it came back, and what its tests are worth.
 RETURNED: dict[str, tuple[Callable[[], Notebook], float]] = {
     "as handed out": (released, 0),
-    "solved": (lambda: handed_in(RIGHT), POINTS),
-    "the answer's cell twice": (lambda: handed_in(RIGHT, after=[RIGHT]), POINTS),
-    "the empty cell copied below the answer": (lambda: handed_in(RIGHT, after=[PLACEHOLDER]), POINTS),
-    "an older, wrong try below the answer": (lambda: handed_in(RIGHT, after=[WRONG]), POINTS),
-    "the test cells deleted": (lambda: without_tests(handed_in(RIGHT)), POINTS),
-    "all cells in reverse": (lambda: backwards(handed_in(RIGHT)), POINTS),
+    "the answer twice, an older try and the empty cell below it": (
+        lambda: handed_in(RIGHT, after=[RIGHT, WRONG, PLACEHOLDER]),
+        POINTS,
+    ),
+    "all cells in reverse, a helper below its use, the tests deleted": (
+        lambda: backwards(without_tests(handed_in(WITH_HELPER, before=[HELPER]))),
+        POINTS,
+    ),
     "metadata and ids gone": (lambda: without_metadata(handed_in(RIGHT)), POINTS),
     "saved by Colab": (lambda: by_colab(handed_in(RIGHT)), POINTS),
-    "helper cells": (lambda: handed_in(WITH_HELPER, before=["import math", HELPER]), POINTS),
-    "a helper below its use": (lambda: handed_in(WITH_HELPER, after=[HELPER]), POINTS),
-    "the answer in a cell of its own": (lambda: handed_in(PLACEHOLDER, before=["import torch\n" + RIGHT]), POINTS),
-    "magics and shell commands": (lambda: handed_in("%%time\n" + RIGHT, before=[MAGICS]), POINTS),
-    "a cell in Python 2": (lambda: handed_in(RIGHT, before=["print 'hello'", "raise ValueError, 'x'"]), POINTS),
-    "an answer in Python 2": (lambda: handed_in(RIGHT + "    print 'done'\n"), 0),
+    "the answer in a cell of its own, magics, shell commands, a cell in Python 2": (
+        lambda: handed_in(PLACEHOLDER, before=["print 'hello'", MAGICS, "%%time\nimport torch\n" + RIGHT]),
+        POINTS,
+    ),
     "the old notebook format": (lambda: in_format_3(handed_in(RIGHT)), POINTS),
+    "an answer in Python 2": (lambda: handed_in(RIGHT + "    print 'done'\n"), 0),
     "a name that is not the task's": (lambda: handed_in(RIGHT.replace(FUNCTION, "my_attention")), 0),
 }
 

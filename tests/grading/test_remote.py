@@ -1,0 +1,138 @@
+"""A student's function, called from the grader: the same values, the same traffic, and memory measured from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from course.grading.remote import AnswerLost, AnswerRaised, NotAnswered, Patience, RemoteFunction, Student
+from minillm.measure.traffic import Traffic
+from tests.grading.notebooks import needs_bubblewrap
+
+pytestmark = needs_bubblewrap
+
+MIB = 1 << 20
+
+TILED = """
+def double_tiles(x, y, rows):
+    for i in range(0, x.shape[0], rows):
+        tile = x.load(slice(i, i + rows))
+        y.store(2 * tile, slice(i, i + rows), ...)
+"""
+CELLS = [
+    "import torch, os, threading, time",
+    TILED,
+    "def add(x, y=0, *, times=1):\n    return (x + y) * times, [x.shape[0], True, None, 'text']",
+    "def allocate(mib):\n    x = torch.ones(mib << 18)\n    return float(x[0])",
+    "def beyond(x):\n    try:\n        x.load(1000)\n    except IndexError as error:\n        return str(error)",
+    "def divide(x):\n    y = 0\n    return x / 0 if y else 1 / y",
+    "def leave(x):\n    raise SystemExit(3)",
+    "def hang(x):\n    time.sleep(100)",
+    "def write(x):\n    open('/tmp/file', 'w').write('x' * 10_000)",
+    "def start(x):\n    threading.Thread(target=print).start()",
+    "def changes(x):\n    x.zero_()\n    return x",
+    "print('some words')\n1 / 0",
+    "def thousands():\n    return torch.set_num_threads(8)",
+]
+NAMES = ["double_tiles", "add", "allocate", "beyond", "divide", "leave", "hang", "write", "start", "changes"]
+
+
+@pytest.fixture(scope="module")
+def student() -> Iterator[Student]:
+    with Student(list(enumerate(CELLS)), [*NAMES, "absent", "thousands"], Patience(5)) as student:
+        student.run()
+        yield student
+        assert not student._lost
+
+
+def function(student: Student, name: str) -> RemoteFunction:
+    return student.function(name, next(iter(student.candidates[name]), None))
+
+
+def local(name: str) -> Any:
+    namespace: dict[str, Any] = {}
+    exec("\n".join(CELLS[:5]), namespace)
+    return namespace[name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64])
+def test_a_function_gives_there_what_it_gives_here(student, dtype):
+    x, y = torch.arange(6).reshape(2, 3).to(dtype).T, torch.ones(2, dtype=dtype)
+    (result, rest), (expected, expected_rest) = (f(x, y, times=3) for f in (function(student, "add"), local("add")))
+    assert result.dtype == dtype and torch.equal(result, expected) and rest == expected_rest
+
+
+def test_what_moves_there_is_what_moves_here(student):
+    counted = []
+    for double_tiles in (function(student, "double_tiles"), local("double_tiles")):
+        traffic, y = Traffic(), torch.zeros(100, 3)
+        double_tiles(traffic.tensor("x", torch.ones(100, 3)), traffic.tensor("y", y), 16)
+        counted.append((traffic.read, traffic.written, traffic.peak_on_chip))
+        assert torch.equal(y, torch.full((100, 3), 2.0))
+    assert counted[0] == counted[1]
+
+
+def test_a_tile_that_does_not_fit_is_refused_there_too(student):
+    traffic = Traffic(sram=100)
+    with pytest.raises(AnswerRaised, match="the tiles need more than sram 100 B"):
+        function(student, "double_tiles")(traffic.tensor("x", torch.ones(100, 3)), torch.ones(1), 16)
+
+
+def test_an_index_beyond_the_end_is_the_functions_own_to_catch(student):
+    assert "out of bounds" in function(student, "beyond")(Traffic().tensor("x", torch.ones(3)))
+
+
+@pytest.mark.parametrize("size", [1, 16, 128])
+def test_peak_memory_is_what_was_allocated_and_at_most_4_mib_more(student, size):
+    result, extra = function(student, "allocate").peak_memory(size)
+    assert result == 1.0 and size * MIB <= extra + MIB // 4 and extra <= (size + 4) * MIB
+
+
+def test_arguments_are_no_memory_of_the_function(student):
+    assert function(student, "changes").peak_memory(torch.ones(32 << 18))[1] < 36 * MIB
+
+
+def test_an_argument_is_a_copy(student):
+    x = torch.ones(3)
+    assert torch.equal(function(student, "changes")(x), torch.zeros(3)) and torch.equal(x, torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("divide", r"ZeroDivisionError: division by zero \(cell 6, line 3\)"),
+        ("leave", r"SystemExit: 3 \(cell 7, line 2\)"),
+        ("write", "File too large"),
+        ("start", "can't start new thread"),
+    ],
+)
+def test_what_a_function_raises_is_told_with_its_line(student, name, words):
+    with pytest.raises(AnswerRaised, match=words):
+        function(student, name)(torch.ones(2))
+
+
+def test_what_a_cell_printed_and_raised_is_kept(student):
+    (outcome,) = [outcome for outcome in student.outcomes if outcome.output]
+    assert (outcome.output, outcome.error) == ("some words\n", "ZeroDivisionError: division by zero (cell 12, line 2)")
+
+
+def test_more_threads_are_no_mistake(student):
+    assert function(student, "thousands")() is None
+
+
+def test_a_function_that_is_not_there_is_named(student):
+    with pytest.raises(NotAnswered, match="no cell defines a function `absent`"):
+        function(student, "absent")()
+
+
+def test_an_answer_that_hangs_costs_its_own_time_and_no_other_answer(student):
+    hang, add = function(student, "hang"), function(student, "add")
+    with pytest.raises(AnswerLost, match="`hang` did not end within 5 s"):
+        hang(1)
+    with pytest.raises(AnswerLost):
+        add(torch.ones(1))  # the same test does not wait again
+    student.revive()
+    assert add(torch.ones(1))[0] == 1
