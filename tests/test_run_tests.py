@@ -31,8 +31,20 @@ def test_one_failed_part_fails_the_whole_and_the_others_still_run(monkeypatch, c
     with pytest.raises(SystemExit) as stop:
         run_tests.main()
     assert stop.value.code
-    assert ran == ["ruff", "ruff", "mypy", "pytest"]
-    assert capsys.readouterr().out.splitlines()[-1] == "5 passed, 3 failed, 1 skipped"
+    assert ran == ["ruff", "ruff", "mypy", "pytest", "pytest"]
+    assert capsys.readouterr().out.splitlines()[-1] == "7 passed, 3 failed, 1 skipped"
+
+
+def test_a_part_of_which_all_is_skipped_is_said_not_to_have_run_and_does_not_count_as_passed(monkeypatch, capsys):
+    browser = Tally(skipped=4)
+    monkeypatch.setattr(run_tests, "tool", lambda *command: Tally(passed=1))
+    monkeypatch.setattr(run_tests, "pytest", lambda *args: browser if args[0] == "tests/browser" else Tally(passed=2))
+    monkeypatch.setattr(run_tests, "run_notebooks", lambda: Tally(passed=3))
+    with pytest.raises(SystemExit) as stop:
+        run_tests.main()
+    assert not stop.value.code
+    *_, summary, note = capsys.readouterr().out.splitlines()
+    assert summary == "8 passed, 0 failed, 4 skipped" and note.startswith("browser tests not run")
 
 
 PLANTED = """{"cells": [{"cell_type": "code", "id": "one", "metadata": {}, "source": ["print(6 * 7)"],
