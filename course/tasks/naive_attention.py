@@ -8,6 +8,8 @@ from torch import Tensor
 from course.tasks.judge import Mistake, compare, counted
 from course.tasks.task import Case, Task
 
+OVERFLOW = "exp of a score overflows: subtract the largest of the row before"
+
 
 def gqa_case(sq: int, sk: int, h: int, hk: int, *, times: float = 1, d: int = 16, asks: str = "") -> Case:
     """Queries, keys, query heads and KV heads; q is multiplied by `times`."""
@@ -16,7 +18,16 @@ def gqa_case(sq: int, sk: int, h: int, hk: int, *, times: float = 1, d: int = 16
         q = torch.randn(2, sq, h, d, generator=generator) * times
         k, v = (torch.randn(2, sk, hk, d, generator=generator) for _ in range(2))
         axes = ("batch", "query", "head", "dim")
-        compare(function, (q, k, v), _attention, results={"out": axes}, mistakes=MISTAKES, asks=asks)
+        compare(
+            function,
+            (q, k, v),
+            _attention,
+            results={"out": axes},
+            mistakes=MISTAKES,
+            asks=asks,
+            nan=OVERFLOW,
+            times=times,
+        )
 
     magnitude = f", scores × {times:g}" if times != 1 else ""
     lengths = f"{counted(sq, 'query', 'queries')}, {counted(sk, 'key')}"
@@ -33,6 +44,7 @@ def _attention(
     scale: float | None = None,
     mask_after: bool = False,
     over: int = -1,
+    hidden_score: float = -torch.inf,
 ) -> Tensor:
     """The right answer; the options are what people get wrong."""
     sq, sk, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
@@ -43,7 +55,7 @@ def _attention(
     if mask_after:
         probabilities = scores.softmax(-1).masked_fill(hidden, 0)
     else:
-        probabilities = scores.masked_fill(hidden, -torch.inf).softmax(over)
+        probabilities = scores.masked_fill(hidden, hidden_score).softmax(over)
     return (probabilities @ values).transpose(1, 2)
 
 
@@ -73,6 +85,14 @@ MISTAKES = [
         "the query heads are interleaved over the KV heads: neighbours must share one, "
         "so that heads 0 … g−1 read KV head 0 (repeat_interleave, not repeat)",
         lambda q, k, v: _attention(q, k, v, interleaved=True),
+    ),
+    Mistake(
+        "a hidden score is 0 and not −∞: exp(0) is 1, so the hidden keys take part",
+        lambda q, k, v: _attention(q, k, v, hidden_score=0),
+    ),
+    Mistake(
+        "all query heads read the first KV head: head i reads KV head i // (h // hk)",
+        lambda q, k, v: _attention(q, k[:, :, :1], v[:, :, :1]),
     ),
     Mistake("the scale 1/√d is forgotten", lambda q, k, v: _attention(q, k, v, scale=1.0)),
     Mistake(

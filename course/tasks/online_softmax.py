@@ -25,8 +25,10 @@ def one_pass_case(rows: int, n: int, block: int, *, times: float = 1, rising: bo
             towards = torch.nn.functional.normalize(torch.randn(q.shape[1], generator=generator), dim=0)
             q, k = 4 * towards + q / 10, towards * torch.linspace(-4, 4, n)[:, None] + k / 100
         inputs = (q * times, k, v, block)
-        overflow = "exp of a score overflows: subtract the largest one so far"
-        compare(function, inputs, _exact, results=OUT_LSE, mistakes=ONE_PASS_MISTAKES, asks=asks, nan=overflow)
+        overflow = "exp overflows: subtract the largest score so far, and rescale by exp(m − m_new)"
+        compare(
+            function, inputs, _exact, results=OUT_LSE, mistakes=ONE_PASS_MISTAKES, asks=asks, nan=overflow, times=times
+        )
 
     kind = ", rising scores" if rising else f", scores × {times:g}" if times != 1 else ""
     return Case(f"{counted(rows, 'row')}, {counted(n, 'key')}, {block} at a time{kind}", judge)
@@ -127,8 +129,20 @@ ONE_PASS_MISTAKES = [
         "the scale is there twice: the scores are divided by d instead of √d",
         lambda *x: _walk(*x, scale=1 / x[0].shape[1]),
     ),
+    Mistake(
+        "it is the plain average of the blocks: a block counts by exp of its lse",
+        lambda q, k, v, block: (
+            torch.stack([_exact(q, *part, block)[0] for part in zip(k.split(block), v.split(block), strict=True)]).mean(
+                0
+            ),
+            _exact(q, k, v, block)[1],
+        ),
+    ),
     Mistake("the result is not divided by l in the end", lambda *x: _walk(*x, divide=False)),
     Mistake("lse is in base 2: the natural logarithm is wanted", _with_lse(lambda m, lse: lse / math.log(2))),
+    Mistake(
+        "log2 of l is no natural logarithm: lse is m + log l", _with_lse(lambda m, lse: m + (lse - m) / math.log(2))
+    ),
     Mistake("lse lacks the largest score: it is m + log l", _with_lse(lambda m, lse: lse - m)),
     Mistake("lse is the largest score alone: it is m + log l", _with_lse(lambda m, lse: m)),
     Mistake("lse is l, and not its logarithm with m added", _with_lse(lambda m, lse: (lse - m).exp())),
@@ -161,13 +175,11 @@ def _state(lse: float, s: int, h: int, generator: Generator, some: bool, d: int 
     return out.masked_fill(empty.transpose(1, 2)[..., None], 0), (spread + lse).masked_fill(empty, -math.inf)
 
 
-def _weighted(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, weight_a: Tensor, weight_b: Tensor
-) -> tuple[Tensor, Tensor]:
+def _weighted(state: tuple[Tensor, ...], weight_a: Tensor, weight_b: Tensor) -> tuple[Tensor, Tensor]:
     """Any weights, (batch, head, query), with the right lse."""
-    _, lse = merge_state(out_a, lse_a, out_b, lse_b)
+    out_a, _, out_b, _ = state
     rows_a, rows_b = (weight.transpose(1, 2)[..., None] for weight in (weight_a, weight_b))
-    return (rows_a * out_a + rows_b * out_b).nan_to_num(), lse
+    return (rows_a * out_a + rows_b * out_b).nan_to_num(), merge_state(*state)[1]
 
 
 def _crossed(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,31 +203,39 @@ def _merged(change: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[...,
 MERGE_MISTAKES = [
     Mistake(
         "it is the plain average: each part counts by exp of its lse",
-        lambda *x: _weighted(*x, torch.full_like(x[1], 0.5), torch.full_like(x[1], 0.5)),
+        lambda *x: _weighted(x, torch.full_like(x[1], 0.5), torch.full_like(x[1], 0.5)),
     ),
     Mistake(
         "the weights do not add up to 1: divide by their sum",
-        lambda *x: _weighted(*x, (x[1] - torch.maximum(x[1], x[3])).exp(), (x[3] - torch.maximum(x[1], x[3])).exp()),
+        lambda *x: _weighted(x, (x[1] - torch.maximum(x[1], x[3])).exp(), (x[3] - torch.maximum(x[1], x[3])).exp()),
     ),
     Mistake(
         "the parts are added up: both are normalised already, so weigh them",
-        lambda *x: _weighted(*x, torch.ones_like(x[1]), torch.ones_like(x[1])),
+        lambda *x: _weighted(x, torch.ones_like(x[1]), torch.ones_like(x[1])),
     ),
     Mistake(
         "the weights are swapped: the part with the larger lse counts more",
-        lambda *x: _weighted(*x, (x[3] - x[1]).sigmoid(), (x[1] - x[3]).sigmoid()),
+        lambda *x: _weighted(x, (x[3] - x[1]).sigmoid(), (x[1] - x[3]).sigmoid()),
     ),
     Mistake(
         "the parts count by their lse: they must count by exp of it",
-        lambda *x: _weighted(*x, x[1] / (x[1] + x[3]), x[3] / (x[1] + x[3])),
+        lambda *x: _weighted(x, x[1] / (x[1] + x[3]), x[3] / (x[1] + x[3])),
     ),
     Mistake(
         "the weights are in base 2: lse is a natural logarithm, so use exp",
-        lambda *x: _weighted(*x, ((x[1] - x[3]) * math.log(2)).sigmoid(), ((x[3] - x[1]) * math.log(2)).sigmoid()),
+        lambda *x: _weighted(x, ((x[1] - x[3]) * math.log(2)).sigmoid(), ((x[3] - x[1]) * math.log(2)).sigmoid()),
     ),
     Mistake(
         "lse is (batch, head, query) and out (batch, query, head, dim): transpose the weights",
         _crossed,
+    ),
+    Mistake(
+        "the part with the smaller lse is lost: it counts too, by exp of its lse",
+        lambda *x: _weighted(x, (x[1] >= x[3]).to(x[0].dtype), (x[1] < x[3]).to(x[0].dtype)),
+    ),
+    Mistake(
+        "the new lse is in base 2: it is log(exp a + exp b)",
+        _merged(lambda a, b, _: torch.logaddexp2(a, b)),
     ),
     Mistake("the new lse is the larger of the two: it is log(exp a + exp b)", _merged(lambda a, b, _: a.maximum(b))),
     Mistake("the new lse is the sum of the two: it is log(exp a + exp b)", _merged(lambda a, b, _: a + b)),

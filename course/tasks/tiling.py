@@ -18,6 +18,7 @@ from minillm.measure.traffic import Counted, Traffic
 
 ROWS = {"out": ("query", "dim")}
 GRAD = {"grad_q": ("query", "dim")}
+NAN_GRAD = "exp overflows where a hidden key is not masked before it, or where lse is not subtracted"
 
 
 def forward_case(
@@ -30,7 +31,7 @@ def forward_case(
         q = q * times
         out = _forward(function, q, k, v, block_q, block_k, Traffic(_room(block_q, block_k, d)))
         mistakes = [Mistake(words, _blocked(answer, block_q, block_k)) for words, answer in FORWARD_MISTAKES]
-        compare_results(out, (q, k, v), _exact, results=ROWS, mistakes=mistakes, asks=asks)
+        compare_results(out, (q, k, v), _exact, results=ROWS, mistakes=mistakes, asks=asks, times=times)
 
     kind = ", rising scores" if rising else f", scores × {times:g}" if times != 1 else ""
     return Case(f"{n} queries and keys, tiles of {block_q} × {block_k}{kind}", judge)
@@ -210,6 +211,14 @@ FORWARD_MISTAKES: list[tuple[str, Callable]] = [
         lambda *x: _walk(*x, sees=lambda i, j: i - i[0] >= j - j[0]),
     ),
     (
+        "the mask on the diagonal counts rows of the tile from 0: row r is query i + r, and column c is key j + c",
+        lambda *x: _walk(
+            *x,
+            sees=lambda i, j: (j[-1] <= i[0]) | (i - i[0] >= j - j[0]),
+            last=lambda i: min(len(x[1]), i + x[3]),
+        ),
+    ),
+    (
         "the walk ends before the diagonal: queries i … i + block_q − 1 see the keys up to i + block_q − 1",
         lambda *x: _walk(*x, last=lambda i: max(i, 1)),
     ),
@@ -234,7 +243,17 @@ def grad_case(n: int, block_q: int, block_k: int, *, times: float = 1, d: int = 
     def judge(function: Callable, generator: Generator) -> None:
         q, k, v, out, lse, grad_out = _saved(n, d, times, generator)
         inputs = (q, k, v, out, lse, grad_out, block_q, block_k)
-        compare(function, inputs, _exact_grad, results=GRAD, mistakes=GRAD_MISTAKES, asks=asks, factor=3)
+        compare(
+            function,
+            inputs,
+            _exact_grad,
+            results=GRAD,
+            mistakes=GRAD_MISTAKES,
+            asks=asks,
+            nan=NAN_GRAD,
+            times=times,
+            factor=3,
+        )
 
     magnitude = f", scores × {times:g}" if times != 1 else ""
     return Case(f"{n} queries and keys, tiles of {block_q} × {block_k}{magnitude}", judge)
@@ -260,7 +279,9 @@ def _saved(n: int, d: int, times: float, generator: Generator) -> tuple[Tensor, 
     """q, k, v, and what the forward leaves: out and lse; and a gradient of out."""
     q, k, v = _inputs(n, d, generator)
     q = q * times
-    out, lse = flash_attention(*(x[None, :, None] for x in (q, k, v)), causal=True, return_lse=True)
+    out, lse = flash_attention(
+        *(x[None, :, None] for x in (q, k, v)), causal=True, return_lse=True, block_q=512, block_k=512
+    )
     return q, k, v, out[0, :, 0], lse[0, 0], torch.randn(n, d, generator=generator)
 
 
@@ -274,48 +295,105 @@ def _exact_grad(
     block_q: int,
     block_k: int,
     *,
-    delta: bool = True,
+    delta: float = 1,
     scale: float | None = None,
-    masked: bool = True,
-    normalised: bool = True,
+    sees: Callable[[Tensor, Tensor], Tensor] = torch.ge,
+    weights: Callable[[Tensor, Tensor], Tensor] = lambda scores, lse: (scores - lse).exp(),
     through_softmax: bool = True,
-    whole_tiles: bool = False,
+    counts: slice = slice(None),
 ) -> Tensor:
     """dS K · scale, all at once; the options are what people get wrong."""
-    right = q.shape[1] ** -0.5
-    scores = q @ k.T * right
-    if masked:
-        scores = scores.masked_fill(~torch.ones(scores.shape, dtype=torch.bool).tril(len(k) - len(q)), -torch.inf)
-    p = (scores - lse[:, None]).exp() if normalised else (scores - scores.amax(-1, keepdim=True)).exp()
-    grad_p = grad_out @ v.T
-    if delta:
-        grad_p = grad_p - (grad_out * out).sum(-1, keepdim=True)
-    grad_scores = p * grad_p if through_softmax else grad_p.masked_fill(scores == -torch.inf, 0)
-    if whole_tiles:
-        grad_scores[:, len(k) // block_k * block_k :] = 0
-    return grad_scores @ k * (right if scale is None else scale)
+    right, key = q.shape[1] ** -0.5, torch.arange(len(k))
+    visible = sees(key[len(k) - len(q) :, None], key)
+    scores = (q @ k.T * right).masked_fill(~visible, -torch.inf)
+    grad_p = grad_out @ v.T - delta * (grad_out * out).sum(-1, keepdim=True)
+    grad_scores = (weights(scores, lse[:, None]) if through_softmax else visible) * grad_p
+    return grad_scores[:, counts] @ k[counts] * (right if scale is None else scale)
+
+
+def _tile_by_tile(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> Tensor:
+    """Each tile of keys with a softmax of its own."""
+    block_k = rest[-1]
+    weights = lambda scores, _: torch.cat([x.softmax(-1).nan_to_num(0) for x in scores.split(block_k, dim=1)], dim=1)  # noqa: E731
+    return _exact_grad(q, k, v, out, lse, *rest, weights=weights)
+
+
+def _in_a_visible_tile(inputs: tuple) -> Callable[[Tensor, Tensor], Tensor]:
+    block_q, block_k = inputs[-2:]
+    return lambda i, j: i // block_q * block_q + block_q > j // block_k * block_k
+
+
+def _last_tile(q: Tensor, k: Tensor, *rest: Any) -> Tensor:
+    """For each query, only the last tile of keys that its tile of queries sees."""
+    block_q, block_k = rest[-2:]
+    result = torch.zeros_like(q)
+    for i in range(0, len(q), block_q):
+        last = (min(i + block_q, len(k)) - 1) // block_k * block_k
+        result[i : i + block_q] = _exact_grad(q, k, *rest, counts=slice(last, last + block_k))[i : i + block_q]
+    return result
+
+
+def _grad_k(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, *_: int) -> Tensor:
+    """dSᵀ Q · scale."""
+    grad_p = grad_out @ v.T - (grad_out * out).sum(-1, keepdim=True)
+    scores = q @ k.T * q.shape[1] ** -0.5
+    return ((scores - lse[:, None]).exp().tril() * grad_p).T @ q * q.shape[1] ** -0.5
 
 
 GRAD_MISTAKES = [
     Mistake(
         "δ is forgotten: dS = P ∘ (dP − δ), with δ the sum of dO · O in each row",
-        lambda *x: _exact_grad(*x, delta=False),
+        lambda *x: _exact_grad(*x, delta=0),
     ),
+    Mistake("δ is added: dS = P ∘ (dP − δ)", lambda *x: _exact_grad(*x, delta=-1)),
     Mistake(
         "the scale is forgotten: the scores were multiplied by 1/√d, so dQ is too",
         lambda *x: _exact_grad(*x, scale=1.0),
     ),
     Mistake("the scale is there twice: dQ = dS K / √d", lambda *x: _exact_grad(*x, scale=1 / x[0].shape[1])),
-    Mistake("there is no causal mask: hidden keys take part in the gradient", lambda *x: _exact_grad(*x, masked=False)),
+    Mistake(
+        "there is no causal mask: hidden keys take part in the gradient",
+        lambda *x: _exact_grad(*x, sees=lambda i, j: i >= j - len(x[1])),
+    ),
+    Mistake(
+        "tiles are skipped and those on the diagonal are not masked: inside them, query i must not see key j > i",
+        lambda *x: _exact_grad(*x, sees=_in_a_visible_tile(x)),
+    ),
+    Mistake(
+        "your mask is off by one: a query must see the key at its own position too",
+        lambda *x: _exact_grad(*x, sees=torch.gt),
+    ),
+    Mistake(
+        "your mask is off by one: each query sees one key too many",
+        lambda *x: _exact_grad(*x, sees=lambda i, j: i >= j - 1),
+    ),
     Mistake(
         "the probabilities are not normalised: P = exp(S − lse), lse being saved for that",
-        lambda *x: _exact_grad(*x, normalised=False),
+        lambda *x: _exact_grad(*x, weights=lambda scores, _: scores.exp()),
+    ),
+    Mistake(
+        "the probabilities are not normalised: P = exp(S − lse), with lse and not the row's largest score",
+        lambda *x: _exact_grad(*x, weights=lambda scores, _: (scores - scores.amax(-1, keepdim=True)).exp()),
+    ),
+    Mistake(
+        "it is a softmax over each tile of keys: P = exp(S − lse), with the lse of the whole row",
+        _tile_by_tile,
+    ),
+    Mistake(
+        "the exponentials are in base 2: lse is a natural logarithm",
+        lambda *x: _exact_grad(*x, weights=lambda scores, lse: (scores - lse).exp2()),
     ),
     Mistake("P is missing: dS = P ∘ (dP − δ)", lambda *x: _exact_grad(*x, through_softmax=False)),
     Mistake(
-        "the last keys are missing: is there a tail that does not fill a tile?",
-        lambda *x: _exact_grad(*x, whole_tiles=True),
+        "P is missing: dS = P ∘ (dP − δ), and it is 0 for hidden keys",
+        lambda *x: _exact_grad(*x, through_softmax=False, sees=_in_a_visible_tile(x)),
     ),
+    Mistake(
+        "the last keys are missing: is there a tail that does not fill a tile?",
+        lambda *x: _exact_grad(*x, counts=slice(len(x[1]) // x[-1] * x[-1])),
+    ),
+    Mistake("only one tile of keys counts: dQ is the sum over all that the query sees", _last_tile),
+    Mistake("this is dK = dSᵀ Q: dQ is dS K", _grad_k),
 ]
 
 TASKS = [
@@ -336,7 +414,7 @@ TASKS = [
                 forward_case(13, 4, 6, asks="queries and keys end in different tails"),
             ],
             "numbers": [
-                forward_case(200, 16, 16, rising=True, asks="each tile has a new largest score"),
+                forward_case(120, 16, 16, rising=True, asks="each tile has a new largest score"),
                 forward_case(20, 8, 4, times=30, asks="does it hold for large scores too?"),
             ],
             "traffic": [traffic_case()],
