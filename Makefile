@@ -8,17 +8,19 @@ VENV := .venv/bin/python
 
 # For `make lab`, as in LAB_ARGS="--no-browser --port 8899"; for train and evaluate, as in ARGS="--steps 500".
 LAB_ARGS ?=
+OUT ?=
 ARGS ?=
+OUT ?=
 
 LESSON_00 := /lab/tree/notebooks/00_start_here.ipynb
 
 # Jupyter refuses to start as root, who is the only user of most containers.
 ROOT_ARGS := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help lab test doctor setup gpu exercises grade train evaluate badges clean
+.PHONY: help lab test doctor setup gpu exercises grade train evaluate badges bench-gpu compile-matrix clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 lab: setup ## set up, then open the course in JupyterLab
 	@$(VENV) -m jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=$(LESSON_00) $(ROOT_ARGS) $(LAB_ARGS)
@@ -55,6 +57,12 @@ evaluate: setup ## measure the checkpoint's recall and abstention
 badges: setup ## Open-in-Colab badges, once pyproject.toml has the repository's address
 	@$(VENV) -m course.badges
 
+bench-gpu: ## every GPU kernel checked and timed, into OUT; on a GPU machine, with the Python it has (ARGS=--dry-run: on a CPU)
+	@$(PYTHON) -m benchmarks.gpu $(if $(OUT),--out "$(OUT)") $(ARGS)
+
+compile-matrix: setup ## every kernel compiled for every GPU, without one: instructions, registers, spills, shared memory
+	@$(VENV) -m kernels.inspection
+
 clean: ## remove .venv and caches; keeps your notebooks and runs/
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
-	find minillm kernels course tests notebooks -name __pycache__ -prune -exec rm -rf {} +
+	find minillm kernels course benchmarks tests notebooks -name __pycache__ -prune -exec rm -rf {} +

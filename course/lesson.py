@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from IPython.display import Markdown
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from minillm.corpus import BOT, user_turn
+
+if TYPE_CHECKING:
+    from IPython.display import Markdown
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ def _largest(x: Tensor) -> float:
 
 def show_source(function: Callable) -> Markdown:
     """A function's source as the package has it, highlighted."""
+    from IPython.display import Markdown  # here, because the error budget is also needed where there is no Jupyter
+
     return Markdown(f"```python\n{inspect.getsource(function)}```")
 
 

@@ -8,10 +8,14 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
+
+if TYPE_CHECKING:
+    from triton.runtime.interpreter import InterpretedFunction
 
 OLDEST_CAPABILITY = (8, 0)  # below it Triton emits no tensor-core instruction for our tiles, and takes 48 s to compile
 
@@ -36,6 +40,38 @@ def triton_mode() -> TritonMode:
     if (major, minor) < OLDEST_CAPABILITY:
         return TritonMode("interpreter", f"the GPU is sm_{major}{minor}, and the kernels need sm_80 or newer")
     return TritonMode("gpu", f"{torch.cuda.get_device_name()}, sm_{major}{minor}")
+
+
+@cache
+def prepare() -> TritonMode:
+    """Makes `@triton.jit` mean what `triton_mode` decided. Call it before the first kernel is decorated.
+
+    Returns:
+        The mode, decided once for the process.
+    """
+    mode = triton_mode()
+    if mode.name == "interpreter":
+        os.environ["TRITON_INTERPRET"] = "1"  # read whenever a kernel is decorated
+        if "triton.language" in sys.modules:  # torch.library imports it, so this is the usual case
+            _interpret_standard_library()
+    return mode
+
+
+def _interpret_standard_library() -> None:
+    """tl.zeros, tl.sum and their kind are kernels too, decorated for a GPU where Triton came before the variable."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    def method(function: InterpretedFunction):
+        return lambda *args, **kwargs: function(*args, **kwargs)  # a function binds `self`, the object does not
+
+    modules = [module for name, module in sys.modules.items() if name.startswith("triton.language")]
+    for place in (*modules, tl.tensor):
+        for name, value in list(vars(place).items()):
+            if isinstance(value, JITFunction):
+                function = InterpretedFunction(value.fn)
+                setattr(place, name, method(function) if place is tl.tensor else function)
 
 
 @dataclass(frozen=True)

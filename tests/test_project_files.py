@@ -51,7 +51,7 @@ def test_every_constraint_is_one_exact_version_without_a_local_build():
 
 
 def test_every_package_that_the_code_imports_is_declared():
-    ours = ("minillm", "kernels", "course", "tests")
+    ours = ("minillm", "kernels", "course", "benchmarks", "tests")
     modules = [path for folder in ours for path in (ROOT / folder).rglob("*.py")]
     imported = set().union(*(imported_packages(path.read_text()) for path in modules))
     declared = {canonicalize_name(dependency.name) for dependency in direct_dependencies()}
@@ -97,8 +97,8 @@ def test_the_version_is_the_same_everywhere():
 
 
 def test_every_make_target_says_what_it_does():
-    targets = re.findall(r"^([a-z]+):", MAKEFILE, re.MULTILINE)
-    described = re.findall(r"^([a-z]+):.*## \S", MAKEFILE, re.MULTILINE)
+    targets = re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE)
+    described = re.findall(r"^([a-z-]+):.*## \S", MAKEFILE, re.MULTILINE)
     phony = re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE).group(1).split()
     assert targets == described
     assert sorted(phony) == sorted(targets)

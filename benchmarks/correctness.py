@@ -1,0 +1,50 @@
+"""Correctness before speed: attention and its gradients against float64, under the error budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from course.lesson import assert_within_budget
+from minillm.attention import naive_attention
+
+
+def random_qkv(
+    seqlens: tuple[int, int], heads: tuple[int, int], headdim: int, dtype: torch.dtype, device: str, batch: int = 1
+) -> list[Tensor]:
+    """q (batch, sq, nheads, headdim), k and v (batch, sk, nheads_k, headdim), normally distributed, fresh each time."""
+    shapes = [(batch, seqlens[i > 0], heads[i > 0], headdim) for i in range(3)]
+    return [torch.randn(shape, device=device, dtype=torch.float32).to(dtype) for shape in shapes]
+
+
+def assert_right(function: Callable, qkv: list[Tensor], *, backward: bool = True, **options) -> None:
+    """Raises AssertionError with the figures where out, lse or a gradient of `function` is over its budget.
+
+    Args:
+        function: (q, k, v, **options) -> (out, lse), lse -inf where a row sees no key.
+        qkv: the inputs.
+        backward: also compare the gradients of q, k and v.
+        options: `causal`, `window_size`, `softcap`, `softmax_scale`.
+    """
+    grad_out = torch.randn_like(qkv[0])
+
+    def results(function: Callable, qkv: list[Tensor]) -> dict[str, Tensor]:
+        leaves = [x.detach().clone().requires_grad_(backward) for x in qkv]
+        out, lse = function(*leaves, **options)
+        grads = torch.autograd.grad(out, leaves, grad_out.to(out.dtype)) if backward else ()
+        return {"out": out, "lse": lse} | dict(zip(("grad_q", "grad_k", "grad_v"), grads, strict=False))
+
+    def naive(q: Tensor, k: Tensor, v: Tensor, **options):
+        return naive_attention(q, k, v, return_lse=True, **options)
+
+    ours, same, exact = results(function, qkv), results(naive, qkv), results(naive, [x.double() for x in qkv])
+    scale = max((x.abs().max().item() for name, x in exact.items() if name.startswith("grad")), default=0)
+    for name in ours:
+        gradient = {"factor": 3, "scale": scale} if name.startswith("grad") else {}
+        try:
+            assert_within_budget(ours[name], same[name], exact[name], **gradient)
+        except AssertionError as error:
+            shapes = " ".join(str(tuple(x.shape)) for x in qkv[:2])
+            raise AssertionError(f"{name} of {shapes} {qkv[0].dtype}, {options}: {error}") from error

@@ -1,0 +1,24 @@
+"""Runs the cells of a lesson that are tagged `gpu`, as plain Python: a GPU machine need not have Jupyter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmarks.machine import ROOT
+
+
+def notebooks_with_gpu_cells() -> list[Path]:
+    return [path for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")) if gpu_cells(path)]
+
+
+def gpu_cells(path: Path) -> list[str]:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if "gpu" in cell["metadata"].get("tags", [])]
+
+
+def run(path: Path) -> None:
+    """Executes the tagged cells in one namespace, in order; they import what they need themselves."""
+    namespace: dict = {"__name__": path.stem}
+    for number, source in enumerate(gpu_cells(path), start=1):
+        exec(compile(source, f"{path.name}, GPU cell {number}", "exec"), namespace)
