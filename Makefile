@@ -61,7 +61,7 @@ bench-gpu: ## every GPU kernel checked and timed, into OUT; on a GPU machine, wi
 	@$(PYTHON) -m benchmarks.gpu $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 compile-matrix: setup ## every kernel compiled for every GPU, without one: instructions, registers, spills, shared memory
-	@$(VENV) -m kernels.inspection
+	@$(VENV) -m kernels.matrix $(ARGS)
 
 clean: ## remove .venv and caches; keeps your notebooks and runs/
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -17,6 +17,7 @@ import torch
 if TYPE_CHECKING:
     from triton.runtime.interpreter import InterpretedFunction
 
+COMPILE_ONLY = "KERNELS_COMPILE_ONLY"  # set by `kernels.inspection` for the child process that compiles
 OLDEST_CAPABILITY = (8, 0)  # below it Triton emits no tensor-core instruction for our tiles, and takes 48 s to compile
 
 
@@ -49,6 +50,8 @@ def prepare() -> TritonMode:
     Returns:
         The mode, decided once for the process.
     """
+    if os.environ.get(COMPILE_ONLY) == "1":
+        return TritonMode("none", "this process compiles kernels for other machines, and runs none")
     mode = triton_mode()
     if mode.name == "interpreter":
         os.environ["TRITON_INTERPRET"] = "1"  # read whenever a kernel is decorated

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from kernels.runtime import prepare
+from kernels.targets import TARGETS, target_of
 
 MODE = prepare()
 
@@ -36,10 +37,17 @@ class Config(NamedTuple):
         return dict(BLOCK_Q=self.block_q, BLOCK_K=self.block_k, num_warps=self.warps, num_stages=self.stages)
 
     def shared_bytes(self, kernel: str, headdim: int, itemsize: int) -> int:
-        """Shared memory for the tile that stays and for those that come by, a pair of each (the forward keeps one)."""
+        """An upper bound of the shared memory that a program needs.
+
+        The tiles that stay (the backward has two, and two of the size of the scores), those that come by, a pair in
+        each stage, and 2 KiB for barriers and small rows.
+        """
         staying, passing = (self.block_k, self.block_q) if kernel == "backward_kv" else (self.block_q, self.block_k)
-        kept = 1 if kernel == "forward" else 2
-        return (kept * staying + 2 * self.stages * passing) * padded(headdim) * itemsize
+        rows = staying + 2 * self.stages * passing
+        scores = 0
+        if kernel != "forward":
+            rows, scores = rows + staying, 2 * self.block_q * self.block_k
+        return (rows * padded(headdim) + scores) * itemsize + 2048
 
 
 def padded(headdim: int) -> int:
@@ -47,37 +55,26 @@ def padded(headdim: int) -> int:
     return max(16, 1 << (headdim - 1).bit_length())
 
 
-# KiB of shared memory that one program may have, by compute capability (CUDA C++ Programming Guide, table «Technical
-# Specifications per Compute Capability»: 1 KiB less than the multiprocessor has).
-SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99}
-
 # The interpreter runs programs one after another: few large tiles are fast. It does not know warps and stages.
 INTERPRETER = Config(64, 64, 4, 1)
 # fp32 without TF32 has no tensor cores, and its products are unrolled into single instructions: small tiles.
 FULL_PRECISION = Config(32, 32, 4, 1)
 
 
-def candidates(kernel: str, headdim: int, dtype: torch.dtype, capability: tuple[int, int]) -> list[Config]:
+def candidates(kernel: str, headdim: int, dtype: torch.dtype, target: str) -> list[Config]:
     """The configurations for a kernel, the first choice first, less those that need too much shared memory.
 
     Args:
         kernel: "forward", "backward_kv" or "backward_q".
         headdim: of the tensors.
         dtype: fp16, bf16 or fp32.
-        capability: the GPU's, such as (9, 0).
-
-    Raises:
-        ValueError: where the GPU is not known or too old.
+        target: one of `kernels.targets`.
     """
-    if capability not in SHARED_KIB:
-        known = ", ".join("sm_{}{}".format(*pair) for pair in SHARED_KIB)
-        raise ValueError(f"sm_{capability[0]}{capability[1]} is not supported, one of {known} is")
     if dtype == torch.float32:
         return [FULL_PRECISION]
-    table = WARPGROUP if capability[0] in (9, 10) else WARP
-    fitting = table[kernel][max(64, padded(headdim))]
-    limit = SHARED_KIB[capability] * 1024
-    return [config for config in fitting if config.shared_bytes(kernel, headdim, dtype.itemsize) <= limit]
+    configs = CONFIGS[TARGETS[target].instruction][kernel][max(64, padded(headdim))]
+    limit = TARGETS[target].shared_kib * 1024
+    return [config for config in configs if config.shared_bytes(kernel, headdim, dtype.itemsize) <= limit]
 
 
 _tuned: dict[tuple[str, int, torch.dtype], Config] = {}
@@ -89,12 +86,12 @@ def choice(kernel: str, headdim: int, dtype: torch.dtype) -> Config:
         return _tuned[kernel, headdim, dtype]
     if MODE.name == "interpreter":
         return INTERPRETER
-    return candidates(kernel, headdim, dtype, torch.cuda.get_device_capability())[0]
+    return candidates(kernel, headdim, dtype, _this_gpu())[0]
 
 
 def chosen(headdim: int, dtype: torch.dtype) -> dict[str, str]:
     """The choices in words, by kernel, such as {"forward": "128 × 64 tiles, 8 warps, 3 stages"}."""
-    return {kernel: "{} × {} tiles, {} warps, {} stages".format(*choice(kernel, headdim, dtype)) for kernel in WARP}
+    return {kernel: "{} × {} tiles, {} warps, {} stages".format(*choice(kernel, headdim, dtype)) for kernel in KERNELS}
 
 
 @contextmanager
@@ -125,28 +122,70 @@ def tune(kernel: str, headdim: int, dtype: torch.dtype, run: Callable[[], object
         with using(kernel, headdim, dtype, config):
             return do_bench(run, warmup=10, rep=40, return_mode="median")
 
-    found = candidates(kernel, headdim, dtype, torch.cuda.get_device_capability())
+    found = candidates(kernel, headdim, dtype, _this_gpu())
     _tuned[kernel, headdim, dtype] = min(found, key=milliseconds)
     return _tuned[kernel, headdim, dtype]
 
 
-# By kernel and padded headdim. Ampere, Ada and Blackwell's consumer cards: `mma.sync`, a warp multiplies alone.
-WARP = {
-    "forward": {
-        64: [Config(128, 64, 4, 3)],
-        128: [Config(128, 64, 8, 2)],
-        256: [Config(64, 32, 4, 2)],
+def _this_gpu() -> str:
+    return target_of(torch.cuda.get_device_capability())
+
+
+KERNELS = ("forward", "backward_kv", "backward_q")
+
+# By tensor-core instruction, kernel and padded headdim. The tile that stays is as large as the registers let it be
+# (the accumulator is there), the tiles that come by as large as shared memory then allows. `make compile-matrix`
+# checks that none of them spills; which is the fastest only a GPU can tell.
+CONFIGS: dict[str, dict[str, dict[int, list[Config]]]] = {
+    "mma.sync": {
+        "forward": {
+            64: [Config(128, 64, 4, 3), Config(128, 64, 8, 3), Config(128, 128, 8, 3)],
+            128: [Config(128, 64, 8, 3), Config(64, 64, 4, 2)],
+            256: [Config(64, 64, 8, 2), Config(64, 32, 8, 2)],
+        },
+        "backward_kv": {
+            64: [Config(64, 64, 4, 2), Config(32, 128, 4, 2)],
+            128: [Config(64, 64, 8, 2), Config(32, 64, 4, 2)],
+            256: [Config(32, 64, 8, 2), Config(32, 32, 8, 2)],
+        },
+        "backward_q": {
+            64: [Config(128, 64, 8, 2)],
+            128: [Config(128, 32, 8, 2), Config(64, 64, 8, 2), Config(64, 32, 4, 2)],
+            256: [Config(64, 32, 8, 2), Config(32, 32, 4, 1)],
+        },
     },
-    "backward_kv": {
-        64: [Config(64, 64, 4, 2)],
-        128: [Config(32, 64, 4, 2)],
-        256: [Config(32, 32, 4, 1)],
+    "wgmma": {
+        "forward": {
+            64: [Config(128, 128, 8, 3), Config(128, 64, 4, 3), Config(128, 64, 8, 3)],
+            128: [Config(128, 128, 8, 2), Config(128, 128, 8, 3), Config(128, 64, 8, 2)],
+            256: [Config(128, 32, 8, 2), Config(64, 64, 8, 2)],
+        },
+        "backward_kv": {
+            64: [Config(64, 128, 8, 2), Config(64, 128, 8, 1)],
+            128: [Config(32, 128, 8, 2)],
+            256: [Config(32, 32, 8, 2)],  # every wgmma tile spills: two accumulators of 256 columns. This is mma.sync.
+        },
+        "backward_q": {
+            64: [Config(128, 64, 8, 2), Config(64, 64, 4, 2)],
+            128: [Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 64, 8, 2)],
+            256: [Config(64, 32, 8, 2)],
+        },
     },
-    "backward_q": {
-        64: [Config(64, 64, 4, 2)],
-        128: [Config(64, 32, 4, 2)],
-        256: [Config(32, 32, 4, 1)],
+    "tcgen05": {
+        "forward": {
+            64: [Config(128, 64, 4, 3), Config(128, 64, 4, 2)],
+            128: [Config(128, 64, 8, 2), Config(64, 64, 4, 2)],
+            256: [Config(128, 32, 8, 2), Config(64, 64, 8, 2)],
+        },
+        "backward_kv": {
+            64: [Config(64, 128, 8, 2), Config(64, 64, 4, 2)],
+            128: [Config(64, 64, 8, 2), Config(32, 128, 8, 2)],
+            256: [Config(32, 64, 8, 2), Config(32, 64, 8, 1)],
+        },
+        "backward_q": {
+            64: [Config(128, 64, 8, 2), Config(64, 64, 4, 2)],
+            128: [Config(64, 64, 8, 2), Config(128, 32, 8, 2)],
+            256: [Config(64, 32, 8, 2), Config(64, 64, 8, 1)],
+        },
     },
 }
-# Hopper and Blackwell's data-centre cards: four warps multiply together, from shared memory.
-WARPGROUP = WARP
