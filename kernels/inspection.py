@@ -155,13 +155,12 @@ def compile_job(job: Job) -> Report:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     module, name = job.kernel.split(":")
     kernel = getattr(importlib.import_module(module), name)
-    source_class = ASTSource
-    if kernel.is_gluon():
-        from triton.experimental.gluon._runtime import GluonASTSource as source_class
-    source = source_class(kernel, *_as_triton_wants(kernel.arg_names, job))
+    source_of = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = source_of(kernel, *_as_triton_wants(kernel.arg_names, job))
     major, minor = TARGETS[job.target].capability
     try:
         compiled = triton.compile(

@@ -73,7 +73,7 @@ KERNELS: dict[str, Callable[[str], dict[str, Job]]] = {"flash_attention": flash_
 def main() -> None:
     targets = sys.argv[1:] or list(TARGETS)
     print(
-        "sm_75 (T4) and older are not supported: no tensor-core instruction for our tiles. PyTorch's attention runs there."
+        "sm_75 (T4) and older: not supported, no tensor-core instruction for our tiles; PyTorch's attention runs there"
     )
     for target in targets:
         for family, jobs_for in KERNELS.items():

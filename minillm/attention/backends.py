@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.runtime import prepare
 from minillm.attention.inputs import check_inputs
 from minillm.attention.masks import Visibility
 from minillm.attention.naive import naive_attention
@@ -41,7 +42,7 @@ def attention(
         window_size: (left, right) keys that a query sees beside its position, -1 for no limit.
         softcap: when positive, scores become softcap · tanh(score / softcap).
         return_lse: also return the log-sum-exp of each row's scores.
-        backend: "naive", "tiled", "sdpa", or "auto"; `choose_backend` tells which one "auto" takes.
+        backend: "naive", "tiled", "sdpa", "triton", or "auto"; `choose_backend` tells which one "auto" takes.
         block_q, block_k: tile sizes, for back ends that have tiles.
 
     Returns:
@@ -98,6 +99,8 @@ def _first_that_can(q: Tensor, options: dict) -> Choice:
     for name in AUTO_ORDER:
         objection = BACKENDS[name].objection(q, options)
         if objection is None:
+            objection = BACKENDS[name].reluctance(q)
+        if objection is None:
             return Choice(name, BACKENDS[name].strength, passed_over)
         passed_over[name] = objection
     raise AssertionError(f"the last of {AUTO_ORDER} does everything")
@@ -143,25 +146,90 @@ def _no_blocks(q: Tensor, options: dict) -> str | None:
     return "has no block_q and block_k" if options.keys() & {"block_q", "block_k"} else None
 
 
+def triton_attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **options) -> Any:
+    """The Triton kernel, on the GPU or in the interpreter; imported here, for it decides on import where it runs."""
+    from kernels.flash_attention import flash_attention as kernel
+
+    out, lse = kernel(q, k, v, **options)
+    return (out, lse) if return_lse else out
+
+
+def triton_attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, return_lse: bool = False, **options
+) -> Any:
+    """A ragged batch in one launch."""
+    from kernels.flash_attention import Ragged
+    from kernels.flash_attention import flash_attention as kernel
+
+    longest = [max(cu_seqlens.diff().tolist(), default=0) for cu_seqlens in (cu_seqlens_q, cu_seqlens_k)]
+    out, lse = kernel(q, k, v, Ragged(cu_seqlens_q, cu_seqlens_k, *longest), **options)
+    return (out, lse) if return_lse else out
+
+
+def _triton_objection(q: Tensor, options: dict) -> str | None:
+    mode = prepare()
+    if mode.name == "none":
+        return f"cannot run: {mode.reason}"
+    if q.is_cuda != (mode.name == "gpu"):
+        return f"runs in the {mode.name} here ({mode.reason}), and q is on {q.device}"
+    if q.dtype == torch.float64 and mode.name == "gpu":
+        return "has no float64"
+    if q.shape[-1] > 256:
+        return f"has no headdim over 256, and q has {q.shape[-1]}"
+    if (options.get("softmax_scale") or 1) < 0:
+        return "wants a positive softmax_scale"
+    return _no_blocks(q, options)
+
+
+def _triton_reluctance(q: Tensor) -> str | None:
+    mode = prepare()
+    return None if mode.name == "gpu" else f"would run in the interpreter, slowly: {mode.reason}"
+
+
 @dataclass(frozen=True)
 class Backend:
-    """An implementation, what speaks for it, and what it says to a call that it cannot do (None where it can)."""
+    """An implementation, what speaks for it, and what it says against a call.
+
+    Args:
+        run: called like `attention`.
+        strength: why "auto" takes it.
+        objection: what it cannot do, None where it can; holds for a call by name, too.
+        run_varlen: called like `attention_varlen`, where it takes a ragged batch in one piece.
+        reluctance: why "auto" should pass it over although it can.
+    """
 
     run: Callable
     strength: str
     objection: Callable[[Tensor, dict], str | None]
+    run_varlen: Callable | None = None
+    reluctance: Callable[[Tensor], str | None] = lambda q: None
 
 
 BACKENDS = {
     "naive": Backend(naive_attention, "the whole score matrix in memory", _no_blocks),
     "tiled": Backend(flash_attention, "tiles in PyTorch: does everything, in little memory", lambda q, options: None),
     "sdpa": Backend(sdpa_attention, "PyTorch's fused kernel, the fastest one here", _sdpa_objection),
+    "triton": Backend(
+        triton_attention,
+        "the course's FlashAttention-2 kernel: does everything, on a GPU",
+        _triton_objection,
+        triton_attention_varlen,
+        _triton_reluctance,
+    ),
 }
-AUTO_ORDER = ("sdpa", "tiled")
+AUTO_ORDER = ("sdpa", "triton", "tiled")
 
 
 def attention_varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, return_lse: bool = False, **options
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    return_lse: bool = False,
+    backend: str = "auto",
+    **options,
 ) -> Any:
     """Attention over a ragged batch: sequences of different lengths, one behind the other, without padding.
 
@@ -169,7 +237,7 @@ def attention_varlen(
         q: (total_q, nheads, headdim).
         k, v: (total_k, nheads_k, headdim).
         cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32; sequence i holds rows cu_seqlens[i] … cu_seqlens[i + 1] - 1.
-        return_lse, options: as in `attention`.
+        return_lse, backend, options: as in `attention`.
 
     Returns:
         out like q; with `return_lse`, (out, lse), lse (nheads, total_q), natural log.
@@ -184,8 +252,12 @@ def attention_varlen(
     bounds_k = _bounds("cu_seqlens_k", cu_seqlens_k, "k", k)
     if len(bounds_q) != len(bounds_k):
         raise ValueError(f"cu_seqlens_q has {len(bounds_q)} entries, cu_seqlens_k {len(bounds_k)}: they must agree")
+    options["return_lse"] = return_lse
+    name = choose_backend(q[None], k[None], v[None], backend=backend, **options).name
+    if run := BACKENDS[name].run_varlen:
+        return run(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
     results = [
-        attention(q[None, a:b], k[None, c:d], v[None, c:d], return_lse=return_lse, **options)
+        attention(q[None, a:b], k[None, c:d], v[None, c:d], backend=backend, **options)
         for (a, b), (c, d) in zip(_pairs(bounds_q), _pairs(bounds_k), strict=True)
     ]
     if not return_lse:

@@ -17,7 +17,7 @@ from minillm.attention import (
 from tests.attention.grid import Judge, random_qkv
 
 WITH_LSE = [naive_attention, online_softmax_attention, flash_attention]
-BACKENDS = ["naive", "tiled", "sdpa"]
+BACKENDS = ["naive", "tiled", "sdpa", "triton"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
@@ -123,7 +123,8 @@ def test_which_back_end_runs_and_why_can_be_asked():
     assert choose_backend(q, k, v).name == "sdpa"
     assert choose_backend(q, k, v, backend="naive").reason == "asked for by name"
     choice = choose_backend(q, k, v, return_lse=True)
-    assert (choice.name, choice.passed_over) == ("tiled", {"sdpa": "does not return the lse"})
+    assert (choice.name, choice.passed_over["sdpa"]) == ("tiled", "does not return the lse")
+    assert choice.passed_over["triton"].startswith("would run in the interpreter, slowly")
     assert choose_backend(q, k, v, softcap=5.0).name == "tiled"
     assert choose_backend(q, k, v, block_q=64).name == "tiled"
 
