@@ -256,3 +256,57 @@ def traffic_curves(
     axes.margins(x=0.12)
     axes.legend(frameon=False, fontsize=9, loc="lower left")
     return figure
+
+
+def pointer_tile(rows: int = 4, heads: int = 2, headdim: int = 4, head: int = 1) -> Figure:
+    """Where one head's tile lies in memory: (rows, heads, headdim) in one piece, each cell with its offset."""
+    figure, (strip, tile) = plt.subplots(2, 1, figsize=(9.5, 2.7), height_ratios=(1, 2.4))
+    stride, count = heads * headdim, rows * heads * headdim
+    for axes, cells, wide in ((strip, range(count), count), (tile, range(rows * headdim), count)):
+        axes.set(xlim=(-0.2, wide + 0.2), aspect="equal", xticks=[], yticks=[])
+        axes.spines[["left", "bottom"]].set_visible(False)
+        for cell in cells:
+            row, dim = divmod(cell, headdim)
+            offset = cell if axes is strip else row * stride + head * headdim + dim
+            mine = offset // headdim % heads == head
+            x, y = (cell, 0) if axes is strip else (9 + dim * 1.6, -row)
+            width = 1 if axes is strip else 1.6
+            axes.add_patch(Rectangle((x, y), width, 1, facecolor=Q if mine else "#EDEDED", edgecolor="white"))
+            colour = "white" if mine else GREY
+            axes.text(x + width / 2, y + 0.5, str(offset), ha="center", va="center", fontsize=8, color=colour)
+    strip.set(ylim=(-0.2, 1.2))
+    strip.set_title(f"memory: {rows} rows of {heads} heads of {headdim} numbers; blue: head {head}", fontsize=10)
+    tile.set(ylim=(-rows + 0.8, 2.2))
+    tile.text(9 + headdim * 0.8, 1.5, "dim 0 … 3", ha="center", fontsize=9, color=GREY)
+    for row in range(rows):
+        text = f"row {row}: {head} · {headdim} + {row} · {stride} + dim"
+        tile.text(8.6, -row + 0.5, text, ha="right", va="center", fontsize=9, color=GREY)
+    tile.text(9 + headdim * 1.6 + 0.6, -rows / 2 + 1, "the tile that tl.load brings", va="center", fontsize=9, color=Q)
+    return figure
+
+
+def rates(published: dict[str, dict[str, float]], ours: dict[str, float | None], source: str) -> Figure:
+    """Bars of TFLOP/s by method, one group a case; ours beside them, or «not measured yet».
+
+    Args:
+        published: by method, then by case.
+        ours: by case; None where there is no measurement.
+        source: of the published ones.
+    """
+    figure, axes = plt.subplots(figsize=(8.5, 3.4))
+    names = [*published, "ours"]
+    for i, case in enumerate(ours):
+        for j, name in enumerate(names):
+            x = i * (len(names) + 1) + j
+            value = ours[case] if name == "ours" else published[name][case]
+            colour = METHODS[1][0] if name == "ours" else GREY
+            axes.bar(x, value or 0, color=colour, width=0.85)
+            label = f"{value:.0f}" if value else "not measured yet"
+            axes.text(x, (value or 0) + 8, label, ha="center", fontsize=9, rotation=0 if value else 90, va="bottom")
+    places = [i * (len(names) + 1) + j for i in range(len(ours)) for j in range(len(names))]
+    axes.set_xticks(places, names * len(ours), rotation=30, ha="right", fontsize=9)
+    for i, case in enumerate(ours):
+        axes.text(i * (len(names) + 1) + (len(names) - 1) / 2, 740, case, ha="center", fontsize=10)
+    axes.set(ylabel="TFLOP/s", ylim=(0, 790))
+    axes.set_title(source, fontsize=9, color=GREY, loc="left")
+    return figure

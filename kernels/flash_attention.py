@@ -114,7 +114,7 @@ def flash_attn_varlen_func(
 
 def _refuse(**arguments) -> None:
     for name, value in arguments.items():
-        if value:
+        if isinstance(value, Tensor) or value:
             raise ValueError(f"{name} is not supported by the Triton kernel: leave it out")
 
 

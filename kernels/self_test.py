@@ -20,18 +20,18 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @triton.jit
-def matmul_kernel(a_ptr, b_ptr, out_ptr, SIZE: tl.constexpr):
+def matmul_kernel(a_ptr, b_ptr, out_ptr, SIZE: tl.constexpr, PRECISION: tl.constexpr):
     """One program, one tile: out = a @ b, fp32. Row 2, column 3 of a 32 × 32 matrix lies at offset 2·32 + 3 = 67."""
     rows = tl.arange(0, SIZE)[:, None]
     columns = tl.arange(0, SIZE)[None, :]
     offsets = rows * SIZE + columns
     a, b = tl.load(a_ptr + offsets), tl.load(b_ptr + offsets)
-    tl.store(out_ptr + offsets, tl.dot(a, b, input_precision="ieee"))
+    tl.store(out_ptr + offsets, tl.dot(a, b, input_precision=PRECISION))
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     out = torch.empty(SIZE, SIZE, device=a.device)
-    matmul_kernel[(1,)](a, b, out, SIZE=SIZE)
+    matmul_kernel[(1,)](a, b, out, SIZE=SIZE, PRECISION="ieee")
     return out
 
 

@@ -56,7 +56,7 @@ def padded(headdim: int) -> int:
 
 
 # The interpreter runs programs one after another: few large tiles are fast. It does not know warps and stages.
-INTERPRETER = Config(64, 64, 4, 1)
+INTERPRETER = Config(128, 64, 4, 1)
 # fp32 without TF32 has no tensor cores, and its products are unrolled into single instructions: small tiles.
 FULL_PRECISION = Config(32, 32, 4, 1)
 
@@ -139,14 +139,14 @@ KERNELS = ("forward", "backward_kv", "backward_q")
 CONFIGS: dict[str, dict[str, dict[int, list[Config]]]] = {
     "mma.sync": {
         "forward": {
-            64: [Config(128, 64, 4, 3), Config(128, 64, 8, 3), Config(128, 128, 8, 3)],
+            64: [Config(128, 128, 8, 3), Config(128, 64, 8, 3)],
             128: [Config(128, 64, 8, 3), Config(64, 64, 4, 2)],
             256: [Config(64, 64, 8, 2), Config(64, 32, 8, 2)],
         },
         "backward_kv": {
-            64: [Config(64, 64, 4, 2), Config(32, 128, 4, 2)],
-            128: [Config(64, 64, 8, 2), Config(32, 64, 4, 2)],
-            256: [Config(32, 64, 8, 2), Config(32, 32, 8, 2)],
+            64: [Config(32, 64, 4, 2)],
+            128: [Config(64, 64, 8, 2), Config(32, 64, 8, 2)],
+            256: [Config(32, 32, 8, 2), Config(32, 32, 8, 1)],
         },
         "backward_q": {
             64: [Config(128, 64, 8, 2)],

@@ -24,6 +24,7 @@ CALLS = {
     "online_softmax with values": lambda: widgets.online_softmax(SCORES, TOKENS, VALUES, step=3),
     "tile_walk": lambda: widgets.tile_walk(32, 32, 16, block_q=16, causal=True),
     "tile_walk, ragged, with queries that see nothing": lambda: widgets.tile_walk(70, 40, 16, block_k=24, causal=True),
+    "program_grid": lambda: widgets.program_grid(64, 64, block_q=16, program=2),
 }
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from course.lesson import assert_within_budget
+from kernels.runtime import prepare
 from minillm.attention import (
     attention,
     attention_varlen,
@@ -17,7 +18,8 @@ from minillm.attention import (
 from tests.attention.grid import Judge, random_qkv
 
 WITH_LSE = [naive_attention, online_softmax_attention, flash_attention]
-BACKENDS = ["naive", "tiled", "sdpa", "triton"]
+INTERPRETED = ["triton"] if prepare().name == "interpreter" else []  # on a GPU: tests/kernels
+BACKENDS = ["naive", "tiled", "sdpa", *INTERPRETED]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
