@@ -678,7 +678,7 @@ def _draw_bars(bars: PolyCollection, found: list[Program], mine: int, most: int)
 def _program_in_words(program: Program, number: int, grid: tuple[int, int, int]) -> str:
     rows = program.queries
     return (
-        f"Program {number} of {grid[0]} in each of {grid[1]} heads and {grid[2]} sequences owns queries {rows.start} to "
-        f"{rows.stop - 1}. It visits {len(program.whole) + len(program.masked)} tiles of keys: {len(program.whole)} "
+        f"Program {number} of {grid[0]} in each of {grid[1]} heads and {grid[2]} sequences owns queries {rows.start} "
+        f"to {rows.stop - 1}. It visits {len(program.whole) + len(program.masked)} tiles of keys: {len(program.whole)} "
         f"without a mask, {len(program.masked)} with it."
     )

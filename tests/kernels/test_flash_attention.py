@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from allpairspy import AllPairs
-
-import kernels.flash_attention as flash  # isort: skip - it decides what triton.jit means
 import triton
 import triton.language as tl
+from allpairspy import AllPairs
 
+import kernels.flash_attention as flash
 from course.lesson import assert_within_budget
 from course.widgets import programs
 from kernels import tuning
@@ -141,12 +140,12 @@ def bounds_kernel(
 @pytest.mark.parametrize("seqlens", [(64, 64), (40, 70), (70, 40)], ids=str)
 @pytest.mark.parametrize("window_size", [(-1, -1), (-1, 0), (20, 0), (20, 5), (0, 100)], ids=str)
 def test_the_kernel_visits_the_tiles_that_the_picture_shows(seqlens, window_size):
-    """`course.widgets.programs` says which tiles a program visits, and which with the mask; the kernel's loops agree."""
+    """`course.widgets.programs` says which tiles a program visits, and which masked; the kernel's loops agree."""
     for program in programs(Visibility(*seqlens, window_size=window_size), 16, 16):
         out = torch.zeros(4, dtype=torch.int32, device=DEVICE)
         shift = seqlens[1] - seqlens[0]
         rows = (program.queries.start + shift, program.queries.stop + shift)
-        flags = dict(BLOCK=16, BEFORE=window_size[0] >= 0, AFTER=window_size[1] >= 0)
+        flags = dict(BLOCK=16, LEFT=window_size[0] >= 0, RIGHT=window_size[1] >= 0)
         bounds_kernel[(1,)](out, *rows, *window_size, seqlens[1], **flags)
         begin, whole, whole_stop, end = out.tolist()
         masked = [*range(begin, whole, 16), *range(max(whole, whole_stop), end, 16)]
