@@ -1,0 +1,468 @@
+"""Gluon's words, as the emulator says them: what stands in a kernel's globals in place of `gl`, `tma` and `mbarrier`."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from triton.experimental.gluon import language as real_gl
+from triton.experimental.gluon.language import _layouts as layouts
+from triton.experimental.gluon.language.nvidia.hopper.mbarrier import MBarrierLayout
+
+from kernels.emulator import units
+from kernels.emulator.barriers import Barrier
+from kernels.emulator.memory import BLOCK_BYTES, MemDesc, allocate
+from kernels.emulator.reports import BadBarrier, Event, NotModelled, OutOfBounds, assigned_name, here
+from kernels.emulator.scheduler import current
+from kernels.emulator.values import AUTO, Pointer, Value, bad_layout, binary, operands, same_layout, scalar, torch_type
+
+FEWEST_REGISTERS, MOST_REGISTERS = 24, 256  # of a thread, in steps of 8: what setmaxnreg takes
+SM_REGISTERS = 65536
+
+
+class Namespace:
+    """Stands for a module of Gluon. What it lacks raises `NotModelled` by name, when it is used."""
+
+    def __init__(self, name: str, members: dict[str, Any]):
+        self._name, self._members = name, members
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._members:
+            return self._members[name]
+        raise NotModelled(f"the emulator does not know {self._name}.{name}; docs/emulator.md lists what it does")
+
+
+def _tensor(x: Any) -> Value:
+    return x if isinstance(x, Value) else scalar(x)
+
+
+# ---- numbers ----
+
+
+def _make(data: torch.Tensor, layout: Any) -> Value:
+    if any(size & (size - 1) for size in data.shape):
+        raise bad_layout(f"a tensor of {list(data.shape)}: every size must be a power of two")
+    layout = AUTO if layout is None else layout
+    if layout != AUTO and (not isinstance(layout, layouts.DistributedLayout) or layout.rank != data.ndim):
+        raise bad_layout(f"a tensor of {list(data.shape)} in {layout}", "the layout must be one of registers, of that rank")
+    return Value(data, layout if data.ndim else AUTO)
+
+
+def arange(start: int, end: int, layout: Any = None) -> Value:
+    return _make(torch.arange(start, end, dtype=torch.int32), layout)
+
+
+def full(shape: Any, value: Any, dtype: Any, layout: Any = None) -> Value:
+    number = value.data if isinstance(value, Value) else torch.tensor(value)
+    return _make(number.to(torch_type(dtype)).expand([int(size) for size in shape]).clone(), layout)
+
+
+def zeros(shape: Any, dtype: Any, layout: Any = None) -> Value:
+    return full(shape, 0, dtype, layout)
+
+
+def where(condition: Any, x: Any, y: Any) -> Value:
+    if not isinstance(x, Value) and not isinstance(y, Value):
+        x = scalar(x)
+    (a, b), _ = operands(x, y)
+    ranks = {t.ndim for t in (condition.data, a, b)} - {0}
+    if len(ranks) > 1:
+        raise bad_layout("gl.where on tensors that differ in rank", "give all as many dimensions: x[:, None]")
+    tensors = [t for t in (condition, x, y) if isinstance(t, Value)]
+    return Value(torch.where(condition.data, a, b), same_layout(tensors))
+
+
+def cdiv(x: Any, divisor: Any) -> Any:
+    return (x + (divisor - 1)) // divisor
+
+
+def _pick(compare: Callable, of_tensors: Callable) -> Callable:
+    """Minimum or maximum; where one is NaN the other wins, as on the GPU."""
+    return lambda a, b: (
+        binary(of_tensors, a, b) if isinstance(a, Value) or isinstance(b, Value) else compare(a, b)
+    )  # fmt: skip
+
+
+def _unary(function: Callable) -> Callable:
+    def apply(x: Any) -> Value:
+        x = _tensor(x)
+        return Value(function(x.data), x.layout)
+
+    return apply
+
+
+def reduce_along(function: Callable) -> Callable:
+    """A reduction: along `axis` the layout becomes a slice."""
+
+    def reduce(x: Value, axis: int | None = None, keep_dims: bool = False) -> Value:
+        if axis is None:
+            return Value(function(x.data.flatten(), 0))
+        data = function(x.data, axis)
+        if keep_dims:
+            return Value(data.unsqueeze(axis), x.layout)
+        layout = AUTO if x.layout == AUTO or not data.ndim else layouts.SliceLayout(axis, x.layout)
+        return Value(data, layout)
+
+    return reduce
+
+
+def _sum(x: torch.Tensor, axis: int) -> torch.Tensor:
+    return x.float().sum(axis) if x.dtype == torch.bfloat16 else x.sum(axis, dtype=_sum_type(x.dtype))
+
+
+def _sum_type(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype.is_floating_point or dtype == torch.int64 else torch.int32
+
+
+def convert_layout(value: Value, layout: Any, assert_trivial: bool = False) -> Value:
+    return _make(value.data, layout)
+
+
+def cast(value: Any, dtype: Any) -> Value:
+    return _tensor(value).to(dtype)
+
+
+def fma(x: Any, y: Any, z: Any) -> Value:
+    (a, b, c), layout = operands(_tensor(x), y, z)
+    return Value(a * b + c, layout)
+
+
+def expand_dims(value: Value, axis: int) -> Value:
+    index: list[Any] = [slice(None)] * value.data.ndim
+    index.insert(axis, None)
+    return value[tuple(index)]
+
+
+def load(pointer: Pointer, mask: Any = None, other: Any = 0.0, **_: Any) -> Value:
+    keep = _mask(pointer, mask)
+    data = torch.full(keep.shape, other.data.item() if isinstance(other, Value) else other).to(pointer.memory.dtype)
+    data[keep] = pointer.memory[pointer.checked_offsets(keep)]
+    return Value(data, pointer.layout)
+
+
+def store(pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> None:
+    keep = _mask(pointer, mask)
+    data = _tensor(value)
+    same_layout([pointer, data])
+    pointer.memory[pointer.checked_offsets(keep)] = data.data.to(pointer.memory.dtype).expand(keep.shape)[keep]
+
+
+def _mask(pointer: Pointer, mask: Any) -> torch.Tensor:
+    if mask is None:
+        return torch.ones(pointer.data.shape, dtype=torch.bool)
+    same_layout([pointer, _tensor(mask)])
+    return _tensor(mask).data.expand(pointer.data.shape)
+
+
+# ---- the program ----
+
+
+def program_id(axis: int) -> Value:
+    return scalar(current().program.place[axis])
+
+
+def num_programs(axis: int) -> Value:
+    return scalar(current().program.grid[axis])
+
+
+def static_assert(condition: Any, message: str = "") -> None:
+    if not condition:
+        raise bad_layout(f"static_assert failed: {message or here().code}")
+
+
+def device_assert(condition: Any, message: str = "", **_: Any) -> None:
+    if not bool(_tensor(condition).data.all()):
+        raise OutOfBounds(f"device_assert failed: {message}", [Event("device_assert", here(), current().name)])
+
+
+def block_barrier(*, cluster: bool = False) -> None:
+    if cluster:
+        raise NotModelled("the emulator does not know clusters of blocks")
+    current().event("barrier")
+
+
+def kernel_range(*bounds: Any) -> Any:
+    """`range` in a kernel: its numbers are known only when the kernel runs."""
+    return map(scalar, range(*(int(bound) for bound in bounds)))
+
+
+def warp_specialize(parts: list, worker_num_warps: list[int], worker_num_regs: list[int] | None = None) -> Any:
+    """Runs the first function by the warps that are here and each other one by warps of its own, at the same time."""
+    me = current()
+    if len(me.program.partitions) > 1:
+        raise bad_layout("warp_specialize inside warp_specialize")
+    if len(worker_num_warps) != len(parts) - 1 or len(worker_num_regs or worker_num_warps) != len(parts) - 1:
+        raise bad_layout(f"{len(parts) - 1} workers, {len(worker_num_warps)} numbers of warps, and {worker_num_regs}")
+    for function, arguments in parts[1:]:
+        if any(isinstance(x, Value) and x.data.ndim for x in _flat(arguments)):
+            raise bad_layout(f"{function.__name__} gets a tensor in registers, which only the first partition can take")
+    if worker_num_regs:
+        _check_registers(me.num_warps, worker_num_warps, worker_num_regs)
+    warps = [me.num_warps, *worker_num_warps]
+    return me.program.specialize(
+        [(function.__name__, n, _call(function, args)) for (function, args), n in zip(parts, warps, strict=True)]
+    )
+
+
+def _call(function: Callable, arguments: tuple) -> Callable[[], Any]:
+    return lambda: function(*arguments)
+
+
+def _flat(x: Any) -> list:
+    return [leaf for item in x for leaf in _flat(item)] if isinstance(x, tuple | list) else [x]
+
+
+def _check_registers(num_warps: int, worker_num_warps: list[int], worker_num_regs: list[int]) -> None:
+    """Registers are handed out by warpgroups of 4 warps; the first partition gets what the workers leave."""
+    for registers in worker_num_regs:
+        if registers % 8 or not FEWEST_REGISTERS <= registers <= MOST_REGISTERS:
+            raise bad_layout(f"{registers} registers for a worker", "setmaxnreg takes 24 to 256, in steps of 8")
+    taken = sum(-(-warps // 4) * 128 * regs for warps, regs in zip(worker_num_warps, worker_num_regs, strict=True))
+    left = (SM_REGISTERS - taken) // (num_warps * 32) // 8 * 8
+    if left < FEWEST_REGISTERS:
+        raise bad_layout(f"the workers take {taken} of {SM_REGISTERS} registers and leave {left} a thread for the rest")
+
+
+# ---- shared memory ----
+
+
+def allocate_shared_memory(element_ty: Any, shape: Any, layout: Any, value: Any = None) -> MemDesc:
+    me = current()
+    name = assigned_name("shared memory")
+    event = me.event(f"allocation of {name}")
+    smem = allocate(name, element_ty, [int(size) for size in shape], layout, event)
+    program = me.program
+    program.allocations.append(smem.allocation)
+    alive = [allocation for allocation in program.allocations if not allocation.freed]
+    total = sum(allocation.nbytes for allocation in alive)
+    if total > BLOCK_BYTES:
+        sizes = ", ".join(f"{allocation.name} {allocation.nbytes}" for allocation in alive)
+        raise OutOfBounds(f"{total} bytes of shared memory, and a block has {BLOCK_BYTES}: {sizes}", [event])
+    if value is not None:
+        smem_store(smem, value)
+    return smem
+
+
+def smem_load(smem: MemDesc, layout: Any) -> Value:
+    me = current()
+    smem.touch(me.access(f"load from {smem.label}", write=False))
+    return _make(smem.data.clone(), layout)
+
+
+def smem_store(smem: MemDesc, value: Value) -> None:
+    if value.shape != smem.shape or value.dtype != smem.dtype:
+        raise bad_layout(f"{smem.label} is {smem.dtype} {smem.shape}, and {value.dtype} {value.shape} is stored there")
+    me = current()
+    smem.touch(me.access(f"store to {smem.label}", write=True))
+    smem.data.copy_(value.data)
+
+
+def smem_free(smem: MemDesc) -> None:
+    smem.allocation.freed = current().event(f"end of {smem.label}")
+
+
+MemDesc.load = smem_load  # type: ignore[attr-defined]
+MemDesc.store = smem_store  # type: ignore[attr-defined]
+MemDesc._keep_alive = smem_free  # type: ignore[attr-defined]
+
+
+def fence_async_shared(cluster: bool = False) -> None:
+    me = current()
+    me.event("fence_async_shared")
+    me.knowledge.fence()
+
+
+# ---- barriers ----
+
+
+def barrier_init(barrier: MemDesc, count: int) -> None:
+    event = current().event(f"init of {barrier.label}")
+    if int(count) < 1:
+        raise BadBarrier(f"{barrier.label} is initialised for {count} arrivals", [event], "give it one at least")
+    barrier.allocation.barriers[barrier.box] = Barrier(barrier.label, int(count))
+
+
+def barrier_invalidate(barrier: MemDesc) -> None:
+    event = current().event(f"invalidate of {barrier.label}")
+    _barrier(barrier, event)
+    del barrier.allocation.barriers[barrier.box]
+
+
+def _barrier(barrier: MemDesc, event: Event) -> Barrier:
+    found = barrier.allocation.barriers.get(barrier.box)
+    if found is None:
+        raise BadBarrier(f"{barrier.label} is not initialised, or no more", [event], "mbarrier.init comes first")
+    return found
+
+
+def barrier_expect(barrier: MemDesc, bytes_per_cta: int = 0, pred: Any = True) -> None:
+    if pred:
+        me = current()
+        event = me.event(f"expect {int(bytes_per_cta)} bytes at {barrier.label}")
+        _barrier(barrier, event).expect(int(bytes_per_cta), me.knowledge, event)
+
+
+def barrier_arrive(barrier: MemDesc, *, count: int = 1, pred: Any = True) -> None:
+    if pred:
+        me = current()
+        event = me.event(f"arrive at {barrier.label}")
+        _barrier(barrier, event).arrive(int(count), me.knowledge, event)
+
+
+def barrier_wait(barrier: MemDesc, phase: Any, pred: Any = True, deps: tuple = ()) -> None:
+    if not pred:
+        return
+    me, parity = current(), int(phase) & 1
+    event = me.event(f"wait for {barrier.label}, phase {parity}")
+    found = _barrier(barrier, event)
+    if not found.is_complete(parity):
+        me.wait(lambda: found.is_complete(parity), event, f"{barrier.label}, phase {parity}", found)
+    found.seen = True
+    me.knowledge.join(found.released)
+
+
+def allocate_mbarrier(batch: int | None = None, two_ctas: bool = False) -> MemDesc:
+    return allocate_shared_memory(real_gl.int64, [1] if batch is None else [batch, 1], MBarrierLayout())
+
+
+# ---- engines ----
+
+
+def tma_load(tensor_desc, coord, barrier, result, pred: Any = True, multicast: bool = False) -> None:
+    if multicast:
+        raise NotModelled("the emulator does not know multicast: it runs one block at a time")
+    if pred:
+        me = current()
+        found = _barrier(barrier, Event(f"TMA copy into {result.label}", here(), me.name))
+        units.copy_in(me, tensor_desc, [int(c) for c in coord], found, result)
+
+
+def tma_store(tensor_desc, coord, src) -> None:
+    units.copy_out(current(), tensor_desc, [int(c) for c in coord], src)
+
+
+def store_wait(pendings: int) -> None:
+    units.wait_for_stores(current(), int(pendings))
+
+
+def make_tensor_descriptor(base, shape, strides, block_shape, layout, padding_option="zero") -> units.Descriptor:
+    sizes, steps = [int(size) for size in shape], [int(step) for step in strides]
+    tensor = base.memory.as_strided(sizes, steps, int(base.data))
+    padding = torch.nan if padding_option == "nan" else 0.0
+    return units.Descriptor(tensor, [int(size) for size in block_shape], layout, padding)
+
+
+def warpgroup_mma(a, b, acc, *, use_acc: Any = True, precision=None, max_num_imprecise_acc=None, is_async=False) -> Any:
+    return units.multiply(current(), a, b, acc, bool(use_acc), is_async)
+
+
+def warpgroup_mma_wait(num_outstanding: int = 0, deps: Any = None) -> Any:
+    if deps is None:
+        raise bad_layout("warpgroup_mma_wait without deps", "hand the accumulators through it: deps=(acc,)")
+    return units.wait_for_products(current(), int(num_outstanding), tuple(deps))
+
+
+def warpgroup_mma_init(value: Value) -> units.Accumulator:
+    return units.Accumulator(value.data, value.layout, None, current())
+
+
+# ---- the words themselves ----
+
+_LARGEST, _SMALLEST = torch.fmax, torch.fmin
+
+
+def _extreme(fill: float, function: Callable) -> Callable:
+    """NaN loses against any number, as on the GPU."""
+    return lambda x, axis: function(torch.where(x.isnan(), fill, x) if x.dtype.is_floating_point else x, axis)
+
+
+_TYPES = ("int1 int8 int16 int32 int64 uint8 uint16 uint32 uint64 float8e5 float8e4nv float16 bfloat16 float32 float64 "
+          "pointer_type block_type dtype constexpr tensor tuple shared_memory_descriptor").split()  # fmt: skip
+_LAYOUTS = ("BlockedLayout SliceLayout AutoLayout CoalescedLayout DistributedLinearLayout DotOperandLayout "
+            "NVMMADistributedLayout NVMMASharedLayout SwizzledSharedLayout PaddedSharedLayout").split()  # fmt: skip
+_MATH: dict[str, Callable] = {"exp": torch.exp, "exp2": torch.exp2, "log": torch.log, "log2": torch.log2,
+                              "sqrt": torch.sqrt, "rsqrt": torch.rsqrt, "abs": torch.abs, "floor": torch.floor,
+                              "ceil": torch.ceil, "sin": torch.sin, "cos": torch.cos, "erf": torch.erf}  # fmt: skip
+
+gl = Namespace(
+    "gl",
+    {name: getattr(real_gl, name) for name in [*_TYPES, *_LAYOUTS] if hasattr(real_gl, name)}
+    | {name: _unary(function) for name, function in _MATH.items()}
+    | {
+        "arange": arange,
+        "full": full,
+        "zeros": zeros,
+        "where": where,
+        "cdiv": cdiv,
+        "minimum": _pick(min, _SMALLEST),
+        "maximum": _pick(max, _LARGEST),
+        "max": reduce_along(_extreme(-torch.inf, torch.amax)),
+        "min": reduce_along(_extreme(torch.inf, torch.amin)),
+        "sum": reduce_along(_sum),
+        "add": lambda a, b: binary(operator.add, a, b),
+        "sub": lambda a, b: binary(operator.sub, a, b),
+        "mul": lambda a, b: binary(operator.mul, a, b),
+        "fma": fma,
+        "cast": cast,
+        "to_tensor": _tensor,
+        "expand_dims": expand_dims,
+        "convert_layout": convert_layout,
+        "load": load,
+        "store": store,
+        "program_id": program_id,
+        "num_programs": num_programs,
+        "num_warps": lambda: current().num_warps,
+        "num_ctas": lambda: 1,
+        "static_assert": static_assert,
+        "static_range": range,
+        "static_print": print,
+        "device_assert": device_assert,
+        "assume": lambda condition: None,
+        "multiple_of": lambda x, values: x,
+        "max_contiguous": lambda x, values: x,
+        "barrier": block_barrier,
+        "thread_barrier": block_barrier,
+        "warp_specialize": warp_specialize,
+        "allocate_shared_memory": allocate_shared_memory,
+        "constexpr_function": lambda function: function,
+    },
+)
+
+mbarrier = Namespace(
+    "mbarrier",
+    {
+        "MBarrierLayout": MBarrierLayout,
+        "allocate_mbarrier": allocate_mbarrier,
+        "init": barrier_init,
+        "invalidate": barrier_invalidate,
+        "expect": barrier_expect,
+        "arrive": barrier_arrive,
+        "wait": barrier_wait,
+    },
+)
+
+tma = Namespace(
+    "tma",
+    {
+        "async_copy_global_to_shared": tma_load,
+        "async_load": tma_load,
+        "async_copy_shared_to_global": tma_store,
+        "async_store": tma_store,
+        "store_wait": store_wait,
+        "make_tensor_descriptor": make_tensor_descriptor,
+    },
+)
+
+hopper = Namespace(
+    "hopper",
+    {
+        "tma": tma,
+        "mbarrier": mbarrier,
+        "fence_async_shared": fence_async_shared,
+        "warpgroup_mma": warpgroup_mma,
+        "warpgroup_mma_wait": warpgroup_mma_wait,
+        "warpgroup_mma_init": warpgroup_mma_init,
+    },
+)

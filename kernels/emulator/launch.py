@@ -1,0 +1,169 @@
+"""Runs a Gluon kernel's own Python source: the same code object, with the emulator's words in its globals."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels.emulator import language
+from kernels.emulator.reports import EMULATED, NotModelled
+from kernels.emulator.scheduler import Program
+from kernels.emulator.units import Descriptor
+from kernels.emulator.values import pointer_to, scalar
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a launch did.
+
+    Args:
+        programs: blocks of threads that were run, in one interleaving.
+        interleavings: how many times each was run: once, and `explore` times more.
+        different: how many of those orders differ.
+    """
+
+    programs: int
+    interleavings: int
+    different: int
+
+
+def emulate(
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, explore: int = 0, seed: int = 0, **named: Any
+) -> Run:
+    """Runs a kernel on CPU tensors, program by program. The tensors hold the results, as after a launch.
+
+    Args:
+        kernel: a `@gluon.jit` function.
+        grid: programs in up to three directions.
+        args, named: as the kernel takes them: CPU tensors, `TensorDescriptor`s of CPU tensors, numbers.
+        num_warps: of the whole block, or of the first partition; a kernel's parameter of that name gets it too.
+        explore: how many other interleavings to run, after the plain one.
+        seed: of those interleavings: the same seed gives the same ones.
+
+    Raises:
+        Report: what is wrong with the kernel: `Race`, `Deadlock`, `MissingFence` and others.
+        NotModelled: where the kernel uses what the emulator does not know.
+        TypeError: where the kernel is no `@gluon.jit` function, or the arguments do not fit it.
+    """
+    if not isinstance(kernel, GluonJITFunction):
+        raise TypeError(f"kernel is {type(kernel).__name__}, wants a function decorated with @gluon.jit")
+    named.pop("maxnreg", None)  # a limit for the compiler
+    if "num_warps" in kernel.arg_names:
+        named["num_warps"] = num_warps
+    arguments = _bind(kernel, args, named)
+    function = _Translator().function(kernel)
+    full_grid = (*grid, 1, 1)[:3]
+    orders = set()
+    for number in range(explore + 1):
+        choices: list[int] = []
+        for place in itertools.product(*(range(size) for size in reversed(full_grid))):
+            program = Program(place[::-1], full_grid, num_warps, None if number == 0 else seed * 1_000_003 + number)
+            program.run(lambda: function(*arguments))
+            choices += [*program.choices, -1]
+        orders.add(tuple(choices))
+    programs = full_grid[0] * full_grid[1] * full_grid[2]
+    return Run(programs, explore + 1, len(orders))
+
+
+def _bind(kernel: Any, args: tuple, named: dict[str, Any]) -> list[Any]:
+    """The arguments in order, as the kernel sees them; compile-time ones stay plain Python."""
+    bound = inspect.signature(kernel.fn).bind(*args, **named)
+    bound.apply_defaults()
+    constant = {parameter.name: parameter.is_constexpr for parameter in kernel.params}
+    return [value if constant[name] else _argument(name, value) for name, value in bound.arguments.items()]
+
+
+def _argument(name: str, value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        if value.device.type != "cpu":
+            raise TypeError(f"{name} is on {value.device}, and the emulator takes CPU tensors")
+        return pointer_to(value, name)
+    if isinstance(value, TensorDescriptor):
+        tensor = value.base.as_strided(tuple(value.shape), tuple(value.strides))
+        padding = torch.nan if value.padding == "nan" else 0.0
+        return Descriptor(tensor, list(value.block_shape), value.layout, padding)
+    if isinstance(value, tuple):
+        return tuple(_argument(name, item) for item in value)
+    if isinstance(value, int | float):
+        return scalar(value)
+    raise TypeError(f"{name} is {type(value).__name__}, and the emulator takes tensors, descriptors and numbers")
+
+
+class _Translator:
+    """Gives each jit function the emulator's words in place of Gluon's. Functions that it calls are done on the way."""
+
+    def __init__(self) -> None:
+        self.done: dict[Any, Callable] = {}
+
+    def function(self, kernel: Any) -> Callable:
+        if kernel not in self.done:
+            function = kernel.fn
+            words: dict[str, Any] = {EMULATED: True, "range": language.kernel_range}
+            copy = types.FunctionType(
+                function.__code__, words, function.__name__, function.__defaults__, function.__closure__
+            )
+            copy.__kwdefaults__ = function.__kwdefaults__
+            self.done[kernel] = copy
+            for name in _names(function.__code__):
+                if name in function.__globals__:
+                    words[name] = self.word(function.__globals__[name])
+        return self.done[kernel]
+
+    def word(self, value: Any) -> Any:
+        """What stands for a global of a kernel: Gluon's words become the emulator's, all else stays."""
+        if isinstance(value, types.ModuleType):
+            return _module(value.__name__) or _Module(value, self)
+        if type(value).__name__ == "constexpr":
+            return value.value
+        origin = getattr(value, "__module__", "") or ""
+        if isinstance(value, GluonJITFunction):
+            origin = value.fn.__module__
+            if origin.split(".")[0] != "triton":
+                return self.function(value)
+        is_word = getattr(value, "__triton_builtin__", False) or isinstance(value, GluonJITFunction)
+        if is_word and origin.split(".")[0] == "triton":
+            name = getattr(value, "__name__", "") or value.fn.__name__
+            return _stub(_module(origin) or language.gl, name)
+        return value
+
+
+class _Module:
+    """A module of the kernel's author: its functions are translated when they are used."""
+
+    def __init__(self, module: types.ModuleType, translator: _Translator):
+        self._module, self._translator = module, translator
+
+    def __getattr__(self, name: str) -> Any:
+        return self._translator.word(getattr(self._module, name))
+
+
+def _names(code: types.CodeType) -> set[str]:
+    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return set(code.co_names).union(*map(_names, inner))
+
+
+def _module(name: str) -> language.Namespace | None:
+    if not name.startswith("triton."):
+        return None
+    last = name.rsplit(".", 1)[-1]
+    return {"mbarrier": language.mbarrier, "tma": language.tma, "hopper": language.hopper}.get(last, language.gl)
+
+
+def _stub(namespace: language.Namespace, name: str) -> Any:
+    try:
+        return getattr(namespace, name)
+    except NotModelled as unknown:
+        message = str(unknown)
+
+        def refuse(*_: Any, **__: Any) -> None:
+            raise NotModelled(message)
+
+        return refuse

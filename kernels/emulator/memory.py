@@ -1,0 +1,200 @@
+"""Shared memory: what is in it, who touched which part of it last, and whether that was allowed.
+
+An allocation starts as NaN, and so does the target of a copy until the copy lands. Every access is written down with
+the part it touches, and compared with the earlier ones there by `order.Knowledge`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from triton.experimental.gluon.language import _layouts as layouts
+
+from kernels.emulator.order import Knowledge
+from kernels.emulator.reports import Event, MissingFence, NotModelled, Race, Unwritten, UseAfterFree
+from kernels.emulator.values import bad_layout, gluon_type, torch_type
+
+Box = tuple[tuple[int, int], ...]  # (start, stop) of each dimension of the allocation
+BLOCK_BYTES = 227 * 1024  # what one block of threads can have on an H100 or H200
+
+
+@dataclass(frozen=True)
+class Access:
+    """An operation's touch of a part of shared memory.
+
+    Args:
+        actor, step: who, and its step at that time.
+        knows: what the actor's past was when it was asked for.
+        engine: whether through the async proxy (copy engine, tensor cores) or by threads.
+        box: the part; filled in by `Allocation.touch`.
+    """
+
+    event: Event
+    actor: int
+    step: int
+    knows: Knowledge
+    write: bool
+    engine: bool
+    box: Box = ()
+
+    def after(self, earlier: Access) -> bool:
+        return self.knows.past.get(earlier.actor, -1) >= earlier.step
+
+    def fenced_after(self, earlier: Access) -> bool:
+        return self.knows.fenced.get(earlier.actor, -1) >= earlier.step
+
+
+@dataclass
+class Allocation:
+    """A piece of shared memory, with the accesses that a later one may still conflict with."""
+
+    name: str
+    data: torch.Tensor
+    place: Event
+    freed: Event | None = None
+    accesses: list[Access] = field(default_factory=list)
+    barriers: dict[Box, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.numel() * self.data.element_size()
+
+    def touch(self, label: str, box: Box, access: Access) -> None:
+        """Writes an access down.
+
+        Raises:
+            Race, MissingFence, Unwritten, UseAfterFree: where it conflicts with an earlier one, or lacks one.
+        """
+        if self.freed:
+            raise UseAfterFree(f"{self.name} is used after it was freed", [self.freed, access.event])
+        access = dataclasses.replace(access, box=box)
+        here = [earlier for earlier in self.accesses if _overlap(earlier.box, box)]
+        for earlier in here:
+            if access.write or earlier.write:
+                _check_order(label, earlier, access)
+        if not access.write and not any(earlier.write for earlier in here):
+            cure = "a copy into it is missing, or it is not the slot that was meant"
+            raise Unwritten(f"{label} is read, and nothing was written there", [access.event], cure)
+        self._remember(access)
+
+    def _remember(self, access: Access) -> None:
+        """An access takes the place of those that it covers: whoever comes after it comes after them."""
+        self.accesses = [
+            earlier
+            for earlier in self.accesses
+            if not (_covers(access.box, earlier.box) and (access.write or _same_reader(access, earlier)))
+        ]
+        self.accesses.append(access)
+
+
+def _same_reader(access: Access, earlier: Access) -> bool:
+    return not earlier.write and earlier.actor == access.actor
+
+
+def _check_order(label: str, earlier: Access, later: Access) -> None:
+    events = [earlier.event, later.event]
+    if not later.after(earlier):
+        raise Race(f"on {label}: nothing orders these two", events, _cure(earlier, later))
+    if later.engine and not earlier.engine and not later.fenced_after(earlier):
+        cure = "threads and engines see it in order only with fence_async_shared() between the two"
+        raise MissingFence(f"on {label}: threads, then an engine", events, cure)
+
+
+def _cure(earlier: Access, later: Access) -> str:
+    if earlier.engine and earlier.write:
+        return "the second must come after a wait, at the right phase, for the barrier that the copy completes"
+    if earlier.engine:
+        return "the first may still be reading: wait for it, or for a barrier that is arrived at after that wait"
+    return "the second must come after a wait for a barrier at which the first's warps arrive afterwards"
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    return all(start < other_stop and other_start < stop for (start, stop), (other_start, other_stop) in zip(a, b))
+
+
+def _covers(a: Box, b: Box) -> bool:
+    return all(start <= other_start and other_stop <= stop for (start, stop), (other_start, other_stop) in zip(a, b))
+
+
+class MemDesc:
+    """Gluon's shared-memory descriptor: a view of an allocation.
+
+    Args:
+        dims: for each dimension of the view the allocation's dimension; None after a reshape.
+    """
+
+    def __init__(self, allocation: Allocation, data: torch.Tensor, box: Box, dims: list[int] | None, layout: Any):
+        self.allocation, self.data, self.box, self.dims, self.layout = allocation, data, box, dims, layout
+
+    dtype = property(lambda self: gluon_type(self.data.dtype))
+    shape = property(lambda self: list(self.data.shape))
+    rank = property(lambda self: self.data.ndim)
+    type = property(lambda self: SimpleNamespace(shape=self.shape, layout=self.layout, element_ty=self.dtype))
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotModelled(f"the emulator does not know .{name} of shared memory")
+
+    @property
+    def label(self) -> str:
+        """`k_ring[1]`; a part that is not whole rows of the first dimension shows its bounds."""
+        parts = []
+        for (start, stop), size in zip(self.box, self.allocation.data.shape):
+            parts.append(":" if stop - start == size > 1 else str(start) if stop == start + 1 else f"{start}:{stop}")
+        while parts and (parts[-1] == ":" or parts == ["0"]):
+            parts.pop()
+        return self.allocation.name + (f"[{', '.join(parts)}]" if parts else "")
+
+    def index(self, index: Any) -> MemDesc:
+        i = int(index)
+        if not 0 <= i < self.shape[0]:
+            raise bad_layout(f"{self.label} has {self.shape[0]} parts, and .index({i}) is asked for")
+        dim = self._dim(0)
+        start = self.box[dim][0] + i
+        box = (*self.box[:dim], (start, start + 1), *self.box[dim + 1 :])
+        return MemDesc(self.allocation, self.data[i], box, self.dims[1:], self.layout)  # type: ignore[index]
+
+    def slice(self, start: int, length: int, dim: int = 0) -> MemDesc:
+        where = self._dim(dim)
+        first = self.box[where][0] + start
+        box = (*self.box[:where], (first, first + length), *self.box[where + 1 :])
+        return MemDesc(self.allocation, self.data.narrow(dim, start, length), box, self.dims, self.layout)
+
+    def permute(self, order: Any) -> MemDesc:
+        order = [int(i) for i in order]
+        dims = self.dims and [self.dims[i] for i in order]
+        layout = self.layout
+        if isinstance(layout, layouts.NVMMASharedLayout) and order != sorted(order):
+            layout = dataclasses.replace(layout, transposed=not layout.transposed)
+        return MemDesc(self.allocation, self.data.permute(order), self.box, dims, layout)
+
+    def reshape(self, shape: Any) -> MemDesc:
+        layout = self.layout
+        if isinstance(layout, layouts.NVMMASharedLayout):
+            layout = dataclasses.replace(layout, rank=len(shape))
+        return MemDesc(self.allocation, self.data.view(list(shape)), self.box, None, layout)
+
+    def _dim(self, dim: int) -> int:
+        if self.dims is None:
+            raise NotModelled("the emulator does not know .index or .slice after .reshape: index first, then reshape")
+        return self.dims[dim]
+
+    def touch(self, access: Access) -> None:
+        self.allocation.touch(self.label, self.box, access)
+
+
+def allocate(name: str, dtype: Any, shape: list[int], layout: Any, place: Event) -> MemDesc:
+    """Shared memory full of NaN (or of the most negative number, for integers)."""
+    if not isinstance(layout, layouts.SharedLayout):
+        raise bad_layout(f"{name}: shared memory is allocated with {layout}", "give it a shared layout")
+    data = torch.empty(shape, dtype=torch_type(dtype))
+    poison(data)
+    box = tuple((0, size) for size in shape)
+    return MemDesc(Allocation(name, data, place), data, box, list(range(len(shape))), layout)
+
+
+def poison(data: torch.Tensor) -> None:
+    data.fill_(torch.nan if data.dtype.is_floating_point else torch.iinfo(data.dtype).min)

@@ -1,0 +1,156 @@
+"""What the emulator can find wrong with a kernel, and how it says so.
+
+A report is an exception. It names the buffer or barrier, the operations with their source lines and the warps that
+issued them, and what would mend it. The first report ends the run.
+"""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+EMULATED = "__emulated__"  # a name in the globals of every function that the emulator runs: marks a kernel's frames
+
+
+class Report(Exception):
+    """Something that is wrong on the GPU, or would be at another time.
+
+    Args:
+        what: one line: what happened, to which buffer or barrier.
+        events: the operations that met, in the order of the run.
+        cure: one line: what is missing.
+    """
+
+    kind = "fault"
+
+    def __init__(self, what: str, events: list[Event] | None = None, cure: str = ""):
+        self.what, self.events, self.cure = what, events or [], cure
+        lines = [f"{self.kind}: {what}", *(f"  {event}" for event in self.events), *([f"  {cure}"] if cure else [])]
+        super().__init__("\n".join(lines))
+
+
+class Race(Report):
+    """Two operations touch the same shared memory or registers, one writes, and nothing orders them."""
+
+    kind = "race"
+
+
+class MissingFence(Report):
+    """Threads and an engine touch the same shared memory in order, but without `fence_async_shared` between them."""
+
+    kind = "missing fence"
+
+
+class Deadlock(Report):
+    """Nobody can go on."""
+
+    kind = "deadlock"
+
+
+class WrongBytes(Report):
+    """A barrier was told to expect more or fewer bytes than the copies brought."""
+
+    kind = "wrong bytes"
+
+
+class WrongArrivals(Report):
+    """A barrier got an arrival too many: it counts on, and those who wait lose track of its phase."""
+
+    kind = "wrong arrivals"
+
+
+class BadBarrier(Report):
+    """A barrier that is not initialised, or no longer."""
+
+    kind = "bad barrier"
+
+
+class UseAfterFree(Report):
+    """Shared memory used after it was given back, or still in use when the program ends."""
+
+    kind = "use after free"
+
+
+class Unwritten(Report):
+    """A read of shared memory into which nothing was ever written."""
+
+    kind = "unwritten"
+
+
+class OutOfBounds(Report):
+    """A pointer outside its tensor, or more shared memory than a block has."""
+
+    kind = "out of bounds"
+
+
+class BadLayout(Report):
+    """Layouts, shapes or types that do not fit together: the compiler or the GPU would refuse them."""
+
+    kind = "bad layout"
+
+
+class NotModelled(NotImplementedError):
+    """A part of Gluon that this emulator does not know."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A line of a kernel, and the lines that called it, innermost first: (file, line, function)."""
+
+    frames: tuple[tuple[str, int, str], ...]
+
+    @property
+    def code(self) -> str:
+        """The text of the line."""
+        if not self.frames:
+            return ""
+        path, line, _ = self.frames[0]
+        return linecache.getline(path, line).strip()
+
+    def __str__(self) -> str:
+        if not self.frames:
+            return "(no source)"
+        (path, line, function), *callers = self.frames
+        via = "".join(f", called at line {line}" for _, line, _ in callers[:1])
+        return f"{Path(path).name}:{line} in {function}{via}"
+
+
+def here() -> Place:
+    """The kernel's line that is being run."""
+    return Place(tuple((f.f_code.co_filename, f.f_lineno, f.f_code.co_name) for f in _kernel_frames()))
+
+
+def assigned_name(default: str) -> str:
+    """The name on the left of the statement that is being run: `k_smem` in `k_smem = gl.allocate_shared_memory(…)`.
+
+    Where the function only returns it, the name that its caller gives it.
+    """
+    for frame in _kernel_frames():
+        target, equals, _ = linecache.getline(frame.f_code.co_filename, frame.f_lineno).partition("=")
+        name = target.split(":")[0].strip()
+        if equals and name.isidentifier() and f"return {name}\n" not in inspect.getsource(frame.f_code):
+            return name
+    return default
+
+
+def _kernel_frames():
+    frame = sys._getframe(1)
+    while frame is not None:
+        if EMULATED in frame.f_globals:
+            yield frame
+        frame = frame.f_back
+
+
+@dataclass(frozen=True)
+class Event:
+    """One operation: what it does, where it stands, and which warps issued it."""
+
+    what: str
+    place: Place
+    partition: str
+
+    def __str__(self) -> str:
+        return f"{self.what}, {self.place} [{self.partition}]: {self.place.code}"

@@ -1,0 +1,249 @@
+"""Who runs next. Partitions of warps are threads that hand one baton round; engines' operations land in between.
+
+Without a seed the order is always the same: a partition runs until it must wait, then the next one that can, and a copy
+lands only when nobody else can go on, as late as it may. With a seed every operation is a point where anybody else may
+come first: another partition, or any operation that an engine may finish.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from kernels.emulator.memory import Access, Allocation
+from kernels.emulator.order import Knowledge, new_actor
+from kernels.emulator.reports import Deadlock, Event, UseAfterFree, WrongBytes, here
+
+_running = threading.local()
+
+
+class Stop(BaseException):
+    """Ends the other partitions' threads when one has failed."""
+
+
+@dataclass(eq=False)
+class Operation:
+    """Something that an engine does by itself: a copy, a product.
+
+    Args:
+        event: where it was asked for.
+        land: does it.
+        after: the operation that must be done before, in the same engine.
+        uses: the shared memory that it reads or writes.
+    """
+
+    event: Event
+    land: Callable[[], None]
+    after: Operation | None
+    uses: list[Allocation]
+    actor: int = field(default_factory=new_actor)
+    done: bool = False
+
+    @property
+    def knowledge(self) -> Knowledge:
+        """What one knows who knows that it is done."""
+        return Knowledge({self.actor: 0}, {self.actor: 0})
+
+
+@dataclass(eq=False)
+class Partition:
+    """Warps that run one function: the whole block, or one part of `gl.warp_specialize`."""
+
+    name: str
+    num_warps: int
+    program: Program
+    knowledge: Knowledge = field(default_factory=Knowledge)
+    actor: int = field(default_factory=new_actor)
+    step: int = 0
+    can_go_on: Callable[[], bool] = lambda: True
+    waits_for: str = ""
+    waits_at: Event | None = None
+    barrier: Any = None
+    finished: bool = False
+    baton: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    products: list[Operation] = field(default_factory=list)  # asked for and not waited for, oldest first
+    stores: list[Operation] = field(default_factory=list)
+
+    def event(self, what: str) -> Event:
+        """An operation of this partition, at the line that is being run. Another may come before it."""
+        self.program.maybe_switch(self)
+        self.step += 1
+        self.knowledge.add(self.actor, self.step)
+        return Event(what, here(), self.name)
+
+    def access(self, what: str, write: bool) -> Access:
+        """A touch of shared memory by this partition's threads."""
+        event = self.event(what)
+        return Access(event, self.actor, self.step, self.knowledge.copy(), write=write, engine=False)
+
+    def wait(self, condition: Callable[[], bool], event: Event, waits_for: str, barrier: Any = None) -> None:
+        """Lets the others run until the condition holds."""
+        self.can_go_on, self.waits_at, self.waits_for, self.barrier = condition, event, waits_for, barrier
+        self.program.switch(self)
+        self.can_go_on, self.waits_at = (lambda: True), None
+
+
+class Program:
+    """One block of threads: its partitions, the operations under way, its shared memory.
+
+    Args:
+        place: program ids, as gl.program_id gives them.
+        grid: how many programs there are in each direction.
+        seed: of the interleaving; None for the plain order.
+    """
+
+    def __init__(self, place: tuple[int, ...], grid: tuple[int, ...], num_warps: int, seed: int | None = None):
+        self.place, self.grid, self.num_warps = place, grid, num_warps
+        self.random = None if seed is None else random.Random(f"{seed} {place}")
+        self.partitions = [Partition("all warps", num_warps, self)]
+        self.asked_for: list[Operation] = []
+        self.under_way: list[Operation] = []
+        self.allocations: list[Allocation] = []
+        self.failure: BaseException | None = None
+        self.choices: list[int] = []
+
+    def run(self, function: Callable[[], None]) -> None:
+        """Runs the kernel's body in this thread, and what it leaves under way to its end."""
+        _running.partition = self.partitions[0]
+        try:
+            function()
+            self._check_end()
+        finally:
+            del _running.partition
+
+    def specialize(self, parts: list[tuple[str, int, Callable[[], Any]]]) -> Any:
+        """Runs several functions at a time: the first one by the warps that are here, the others by new ones."""
+        default = current()
+        (name, _, function), *workers = parts
+        outer_name, default.name = default.name, name
+        event = default.event("warp_specialize")
+        threads = [threading.Thread(target=self._work, args=(self._fork(default, *part[:2]), part[2]), daemon=True)
+                   for part in workers]  # fmt: skip
+        for thread in threads:
+            thread.start()
+        partners = self.partitions[1:]
+
+        def until_all_end() -> Any:
+            result = function()
+            default.wait(lambda: all(p.finished for p in partners), event, "the other partitions to end")
+            return result
+
+        result = self._guard(until_all_end)
+        for partner in partners:
+            default.knowledge.join(partner.knowledge)
+        del self.partitions[1:]
+        default.name = outer_name
+        return result
+
+    def _fork(self, default: Partition, name: str, num_warps: int) -> Partition:
+        worker = Partition(name, num_warps, self, default.knowledge.copy())
+        self.partitions.append(worker)
+        return worker
+
+    def _work(self, worker: Partition, function: Callable[[], Any]) -> None:
+        _running.partition = worker
+        worker.baton.acquire()
+        if self.failure is None:
+            try:
+                self._guard(function)
+            except BaseException:  # noqa: S110
+                pass  # told to all by _guard; the default partition raises it
+        worker.finished = True
+        if self.failure is None:
+            try:
+                self.switch(worker, ends=True)
+            except BaseException as failure:
+                self._fail(failure)
+
+    def _guard(self, function: Callable[[], Any]) -> Any:
+        try:
+            return function()
+        except BaseException as failure:
+            self._fail(failure)
+            raise self.failure from None  # type: ignore[misc]
+
+    def _fail(self, failure: BaseException) -> None:
+        if self.failure is None:
+            self.failure = failure
+        for partition in self.partitions:
+            partition.baton.release()
+
+    def start(self, operation: Operation) -> None:
+        self.asked_for.append(operation)
+        self.under_way.append(operation)
+
+    def finish(self, operation: Operation) -> None:
+        """Lands an operation now, and before it those that must come first."""
+        if operation.done:
+            return
+        if operation.after is not None:
+            self.finish(operation.after)
+        operation.done = True
+        self.under_way.remove(operation)
+        operation.land()
+
+    def maybe_switch(self, me: Partition) -> None:
+        """A point where, with a seed, anybody else may come first."""
+        if self.random is not None and self.random.random() < 0.5:
+            self.switch(me)
+
+    def switch(self, me: Partition, ends: bool = False) -> None:
+        """Lets others run until this partition's turn comes again and its condition holds."""
+        while True:
+            choice = self._choose(me)
+            if isinstance(choice, Operation):
+                self.finish(choice)
+            elif choice is me:
+                return
+            else:
+                choice.baton.release()
+                if ends:
+                    return
+                me.baton.acquire()
+                if self.failure is not None:
+                    raise Stop
+                if me.can_go_on():
+                    return
+
+    def _choose(self, me: Partition) -> Partition | Operation:
+        ready = [p for p in self.partitions if not p.finished and p.can_go_on()]
+        landing = [op for op in self.under_way if op.after is None or op.after.done]
+        options: list[Partition | Operation] = [*ready, *landing]
+        if not options:
+            self._deadlock()
+        if self.random is not None:
+            number = self.random.randrange(len(options))
+            self.choices.append(number)
+            return options[number]
+        if me in ready:
+            return me
+        return options[0]
+
+    def _deadlock(self) -> None:
+        waiting = [p for p in self.partitions if not p.finished]
+        events = [p.waits_at for p in waiting if p.waits_at]
+        for partition in waiting:
+            barrier = partition.barrier
+            if barrier and barrier.bytes_due > 0 and not barrier.missing:
+                what = f"{barrier.name} was told to expect {barrier.bytes_due} bytes more than any copy brings"
+                cure = "mbarrier.expect must name the bytes of all copies that complete the phase: desc.block_type.nbytes"
+                raise WrongBytes(what, [*barrier.events, *events], cure)
+        who = "; ".join(f"{p.name} waits for {p.waits_for}" for p in waiting)
+        raise Deadlock(f"nobody can go on. {who}", events, "; ".join(p.barrier.state() for p in waiting if p.barrier))
+
+    def _check_end(self) -> None:
+        """Every partition is through. Its shared memory goes to the next block, so no engine may still be using it."""
+        known = self.partitions[0].knowledge.past
+        for operation in self.asked_for:
+            if operation.actor not in known:
+                names = " and ".join(allocation.name for allocation in operation.uses)
+                what = f"the program may end while {names} is still in use"
+                raise UseAfterFree(what, [operation.event], "wait for it: tma.store_wait(0), or the copy's barrier")
+
+
+def current() -> Partition:
+    """The partition whose turn it is."""
+    return _running.partition

@@ -1,0 +1,14 @@
+"""FlashAttention-3's ideas in Gluon, one file a rung, each adding one idea to the one before.
+
+| rung | idea |
+|---|---|
+| `rung1_tma_wgmma.py` | the copy engine and the tensor cores, one after the other |
+| `rung2_pipelined.py` | copies run ahead, in a ring of tiles with mbarriers |
+| `rung3_specialized.py` | a producer and consumers by warp specialisation, with registers handed over |
+
+`tile.py` has the arithmetic that all share, `compat.py` Gluon's names over its versions, `launch.py` the call from
+Python. `python -m kernels.hopper` prints what each compiles to.
+
+Source:
+    Shah et al., «FlashAttention-3», arXiv 2407.08608; Dao, «FlashAttention-2», arXiv 2307.08691.
+"""

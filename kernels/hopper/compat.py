@@ -1,0 +1,24 @@
+"""Gluon's names for Hopper, as they are in the triton that is installed: 3.6 to 3.9 do not all say the same.
+
+| here | 3.6, 3.7 | 3.8, 3.9 |
+|---|---|---|
+| `tma_load` | `tma.async_copy_global_to_shared` | `tma.async_load`; the older name is an alias |
+| `tma_store` | `tma.async_copy_shared_to_global` | `tma.async_store`; the older name is an alias |
+| `allocate_barriers` | 3.6 has no `mbarrier.allocate_mbarrier` | it has; what is written out here works in all |
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+
+@gluon.jit
+def allocate_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """COUNT mbarriers in shared memory, each completed by ARRIVALS arrivals; take one with `.index(i)`."""
+    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
+    return barriers

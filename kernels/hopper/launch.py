@@ -1,0 +1,120 @@
+"""Attention by a rung of the ladder: on a Hopper GPU where the tensors are there, in the emulator where they are not."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels.emulator import emulate
+from kernels.hopper import rung1_tma_wgmma, rung2_pipelined, rung3_specialized
+
+RUNGS: dict[str, ModuleType] = {
+    "tma_wgmma": rung1_tma_wgmma,
+    "pipelined": rung2_pipelined,
+    "specialized": rung3_specialized,
+}
+BLOCK_M = BLOCK_N = 128
+STAGES = 2
+NUM_WARPS = 8
+HEADDIMS = (64, 128)
+GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    rung: str = "specialized",
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    block_m: int = BLOCK_M,
+    block_n: int = BLOCK_N,
+    explore: int = 0,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Attention's forward pass by one rung's kernel.
+
+    Args:
+        q: (batch, seqlen_q, nheads, headdim), bf16 or fp16, headdim 64 or 128.
+        k, v: (batch, seqlen_k, nheads_k, headdim), of the same type; nheads a multiple of nheads_k.
+        rung: one of RUNGS.
+        causal: query i sees the keys up to i + seqlen_k - seqlen_q (bottom-right aligned).
+        softmax_scale: factor of the scores, positive; 1/√headdim when left out.
+        block_m, block_n: rows of a tile of queries and of keys, powers of two; block_m 64 (one warpgroup) or 128 (two).
+        explore, seed: on the CPU, how many other interleavings to run too, and of which seed.
+
+    Returns:
+        out like q, and lse (batch, nheads, seqlen_q) in natural log, fp32. A row that sees no key: 0 and -inf.
+
+    Raises:
+        ValueError: where the rung is unknown, or an argument is not as above.
+        kernels.emulator.Report: on the CPU, where the kernel is at fault.
+    """
+    _check(q, k, v, rung, softmax_scale, block_m)
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=torch.float32, device=q.device)
+    if q.numel() == 0 or k.numel() == 0:
+        return out, lse
+    scale = 1 / math.sqrt(q.shape[3]) if softmax_scale is None else softmax_scale
+    kernel = RUNGS[rung].forward
+    grid = (-(-q.shape[1] // block_m), q.shape[2], q.shape[0])
+    arguments: list[Any] = [
+        _descriptor(q, block_m),
+        _descriptor(k, block_n),
+        _descriptor(v, block_n),
+        _descriptor(out, block_m),
+        lse,
+        q.shape[1],
+        k.shape[1],
+        q.shape[2] // k.shape[2],
+        scale * math.log2(math.e),
+        causal,
+        STAGES,
+    ]
+    num_warps = block_m // 16
+    if q.is_cuda:
+        kernel[grid](*arguments, num_warps=num_warps)
+    else:
+        emulate(kernel, grid, *arguments, num_warps=num_warps, explore=explore, seed=seed)
+    return out, lse
+
+
+def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    """(batch, seqlen, heads · headdim) in blocks of (1, rows, headdim): a head is a block of columns.
+
+    The sequence has a dimension of its own, so that rows past its end are zeros and not the next sequence's.
+    """
+    batch, seqlen, nheads, headdim = x.shape
+    flat = x.reshape(batch, seqlen, nheads * headdim)
+    if flat.stride(2) != 1 or flat.data_ptr() % 16 or any(stride * 2 % 16 for stride in flat.stride()[:2]):
+        flat = flat.contiguous()
+    block = [1, rows, headdim]
+    layout = gl.NVMMASharedLayout.get_default_for(block, GLUON_TYPES[x.dtype])
+    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), block, layout)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, rung: str, softmax_scale: float | None, block_m: int) -> None:
+    if rung not in RUNGS:
+        raise ValueError(f"rung is {rung!r}, wants one of {', '.join(RUNGS)}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4 or x.shape[3] not in HEADDIMS:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, wants (batch, seqlen, nheads, 64 or 128)")
+        if x.dtype not in GLUON_TYPES or x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device}, wants bf16 or fp16, the same for q, k and v")
+    if k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit each other")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"key has {k.shape[2]} heads, not a divisor of query's {q.shape[2]}")
+    if softmax_scale is not None and softmax_scale <= 0:
+        raise ValueError(f"softmax_scale is {softmax_scale}, wants a positive number")
+    if block_m not in (64, 128):
+        raise ValueError(f"block_m is {block_m}, wants 64 or 128")
+    if q.is_cuda and torch.cuda.get_device_capability(q.device) != (9, 0):
+        raise ValueError(f"q is on {torch.cuda.get_device_name(q.device)}, and these kernels are for Hopper, sm_90")
