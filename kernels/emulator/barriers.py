@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from kernels.emulator.order import Knowledge
 from kernels.emulator.reports import Event, WrongArrivals, WrongBytes
 
+EXPECT = "mbarrier.expect must name the bytes of all copies that complete the phase: desc.block_type.nbytes"
+
 
 @dataclass
 class Barrier:
@@ -31,6 +33,7 @@ class Barrier:
     missing: int = 0  # arrivals until the current phase is complete
     bytes_due: int = 0  # expected and not yet landed; negative while a copy has landed before it was expected
     seen: bool = True  # whether anybody has waited for the latest complete phase
+    waited_too_early: Event | None = None  # a wait that went on, on an older phase, since the latest copy was asked for
     gathered: Knowledge = field(default_factory=Knowledge)  # what those who arrived in the current phase know
     released: Knowledge = field(default_factory=Knowledge)  # what a wait learns
     events: list[Event] = field(default_factory=list)  # those of the current phase
@@ -69,9 +72,8 @@ class Barrier:
         if self.missing:
             return
         if self.bytes_due < 0:
-            cure = "mbarrier.expect must name the bytes of all copies that complete the phase: desc.block_type.nbytes"
             what = f"{self.name} got {-self.bytes_due} bytes more than it was told to expect"
-            raise WrongBytes(what, self.events, cure)
+            raise WrongBytes(what, self.events, EXPECT)
         if self.bytes_due:
             return
         if not self.seen:

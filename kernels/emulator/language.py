@@ -1,4 +1,4 @@
-"""Gluon's words, as the emulator says them: what stands in a kernel's globals in place of `gl`, `tma` and `mbarrier`."""
+"""Gluon's words, as the emulator says them: what stands in a kernel's globals for `gl`, `tma` and `mbarrier`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _make(data: torch.Tensor, layout: Any) -> Value:
         raise bad_layout(f"a tensor of {list(data.shape)}: every size must be a power of two")
     layout = AUTO if layout is None else layout
     if layout != AUTO and (not isinstance(layout, layouts.DistributedLayout) or layout.rank != data.ndim):
-        raise bad_layout(f"a tensor of {list(data.shape)} in {layout}", "the layout must be one of registers, of that rank")
+        raise bad_layout(f"a tensor of {list(data.shape)} in {layout}", "wants a layout of registers, of that rank")
     return Value(data, layout if data.ndim else AUTO)
 
 
@@ -317,7 +317,9 @@ def barrier_wait(barrier: MemDesc, phase: Any, pred: Any = True, deps: tuple = (
     me, parity = current(), int(phase) & 1
     event = me.event(f"wait for {barrier.label}, phase {parity}")
     found = _barrier(barrier, event)
-    if not found.is_complete(parity):
+    if found.is_complete(parity):
+        found.waited_too_early = event if found.bytes_due else None
+    else:
         me.wait(lambda: found.is_complete(parity), event, f"{barrier.label}, phase {parity}", found)
     found.seen = True
     me.knowledge.join(found.released)
@@ -378,13 +380,15 @@ def _extreme(fill: float, function: Callable) -> Callable:
     return lambda x, axis: function(torch.where(x.isnan(), fill, x) if x.dtype.is_floating_point else x, axis)
 
 
-_TYPES = ("int1 int8 int16 int32 int64 uint8 uint16 uint32 uint64 float8e5 float8e4nv float16 bfloat16 float32 float64 "
-          "pointer_type block_type dtype constexpr tensor tuple shared_memory_descriptor").split()  # fmt: skip
-_LAYOUTS = ("BlockedLayout SliceLayout AutoLayout CoalescedLayout DistributedLinearLayout DotOperandLayout "
-            "NVMMADistributedLayout NVMMASharedLayout SwizzledSharedLayout PaddedSharedLayout").split()  # fmt: skip
-_MATH: dict[str, Callable] = {"exp": torch.exp, "exp2": torch.exp2, "log": torch.log, "log2": torch.log2,
-                              "sqrt": torch.sqrt, "rsqrt": torch.rsqrt, "abs": torch.abs, "floor": torch.floor,
-                              "ceil": torch.ceil, "sin": torch.sin, "cos": torch.cos, "erf": torch.erf}  # fmt: skip
+# fmt: off
+_TYPES = ["int1", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float8e5", "float8e4nv",
+          "float16", "bfloat16", "float32", "float64", "pointer_type", "block_type", "constexpr", "tensor", "tuple"]
+_LAYOUTS = ["AutoLayout", "BlockedLayout", "CoalescedLayout", "DistributedLinearLayout", "DotOperandLayout",
+            "NVMMADistributedLayout", "NVMMASharedLayout", "PaddedSharedLayout", "SliceLayout", "SwizzledSharedLayout"]
+_MATH: dict[str, Callable] = {"abs": torch.abs, "ceil": torch.ceil, "cos": torch.cos, "erf": torch.erf,
+                              "exp": torch.exp, "exp2": torch.exp2, "floor": torch.floor, "log": torch.log,
+                              "log2": torch.log2, "rsqrt": torch.rsqrt, "sin": torch.sin, "sqrt": torch.sqrt}
+# fmt: on
 
 gl = Namespace(
     "gl",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from triton.experimental.gluon.language import _layouts as layouts
 
+from kernels.emulator.barriers import Barrier
 from kernels.emulator.order import Knowledge
 from kernels.emulator.reports import Event, MissingFence, NotModelled, Race, Unwritten, UseAfterFree
 from kernels.emulator.values import bad_layout, gluon_type, torch_type
@@ -30,6 +31,7 @@ class Access:
         actor, step: who, and its step at that time.
         knows: what the actor's past was when it was asked for.
         engine: whether through the async proxy (copy engine, tensor cores) or by threads.
+        completes: the barrier that a copy into shared memory completes.
         box: the part; filled in by `Allocation.touch`.
     """
 
@@ -39,6 +41,7 @@ class Access:
     knows: Knowledge
     write: bool
     engine: bool
+    completes: Barrier | None = None
     box: Box = ()
 
     def after(self, earlier: Access) -> bool:
@@ -98,26 +101,30 @@ def _same_reader(access: Access, earlier: Access) -> bool:
 def _check_order(label: str, earlier: Access, later: Access) -> None:
     events = [earlier.event, later.event]
     if not later.after(earlier):
-        raise Race(f"on {label}: nothing orders these two", events, _cure(earlier, later))
+        if earlier.completes and earlier.completes.waited_too_early:
+            events.append(earlier.completes.waited_too_early)
+        raise Race(f"on {label}: nothing orders these two", events, _cure(earlier))
     if later.engine and not earlier.engine and not later.fenced_after(earlier):
         cure = "threads and engines see it in order only with fence_async_shared() between the two"
         raise MissingFence(f"on {label}: threads, then an engine", events, cure)
 
 
-def _cure(earlier: Access, later: Access) -> str:
-    if earlier.engine and earlier.write:
-        return "the second must come after a wait, at the right phase, for the barrier that the copy completes"
+def _cure(earlier: Access) -> str:
+    if earlier.completes and earlier.completes.waited_too_early:
+        return f"the wait for {earlier.completes.name} went on at an older phase: its parity is wrong"
+    if earlier.completes:
+        return f"the copy completes {earlier.completes.name}: wait for that before the second"
     if earlier.engine:
-        return "the first may still be reading: wait for it, or for a barrier that is arrived at after that wait"
+        return "the first may still be reading: wait for it, and then tell those who do the second"
     return "the second must come after a wait for a barrier at which the first's warps arrive afterwards"
 
 
 def _overlap(a: Box, b: Box) -> bool:
-    return all(start < other_stop and other_start < stop for (start, stop), (other_start, other_stop) in zip(a, b))
+    return all(first[0] < second[1] and second[0] < first[1] for first, second in zip(a, b, strict=True))
 
 
 def _covers(a: Box, b: Box) -> bool:
-    return all(start <= other_start and other_stop <= stop for (start, stop), (other_start, other_stop) in zip(a, b))
+    return all(outer[0] <= inner[0] and inner[1] <= outer[1] for outer, inner in zip(a, b, strict=True))
 
 
 class MemDesc:
@@ -140,11 +147,12 @@ class MemDesc:
 
     @property
     def label(self) -> str:
-        """`k_ring[1]`; a part that is not whole rows of the first dimension shows its bounds."""
+        """`k_ring[1]`: the part, along the dimensions that have more than one place; whole ones at the end left out."""
         parts = []
-        for (start, stop), size in zip(self.box, self.allocation.data.shape):
-            parts.append(":" if stop - start == size > 1 else str(start) if stop == start + 1 else f"{start}:{stop}")
-        while parts and (parts[-1] == ":" or parts == ["0"]):
+        for (start, stop), size in zip(self.box, self.allocation.data.shape, strict=True):
+            if size > 1:
+                parts.append(":" if stop - start == size else str(start) if stop == start + 1 else f"{start}:{stop}")
+        while parts and parts[-1] == ":":
             parts.pop()
         return self.allocation.name + (f"[{', '.join(parts)}]" if parts else "")
 

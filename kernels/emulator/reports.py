@@ -11,6 +11,7 @@ import linecache
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 EMULATED = "__emulated__"  # a name in the globals of every function that the emulator runs: marks a kernel's frames
 
@@ -137,7 +138,7 @@ def assigned_name(default: str) -> str:
 
 
 def _kernel_frames():
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if EMULATED in frame.f_globals:
             yield frame

@@ -7,12 +7,14 @@ come first: another partition, or any operation that an engine may finish.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from kernels.emulator.barriers import EXPECT, Barrier
 from kernels.emulator.memory import Access, Allocation
 from kernels.emulator.order import Knowledge, new_actor
 from kernels.emulator.reports import Deadlock, Event, UseAfterFree, WrongBytes, here
@@ -61,7 +63,7 @@ class Partition:
     can_go_on: Callable[[], bool] = lambda: True
     waits_for: str = ""
     waits_at: Event | None = None
-    barrier: Any = None
+    barrier: Barrier | None = None
     finished: bool = False
     baton: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     products: list[Operation] = field(default_factory=list)  # asked for and not waited for, oldest first
@@ -79,7 +81,7 @@ class Partition:
         event = self.event(what)
         return Access(event, self.actor, self.step, self.knowledge.copy(), write=write, engine=False)
 
-    def wait(self, condition: Callable[[], bool], event: Event, waits_for: str, barrier: Any = None) -> None:
+    def wait(self, condition: Callable[[], bool], event: Event, waits_for: str, barrier: Barrier | None = None) -> None:
         """Lets the others run until the condition holds."""
         self.can_go_on, self.waits_at, self.waits_for, self.barrier = condition, event, waits_for, barrier
         self.program.switch(self)
@@ -144,19 +146,18 @@ class Program:
         return worker
 
     def _work(self, worker: Partition, function: Callable[[], Any]) -> None:
-        _running.partition = worker
-        worker.baton.acquire()
-        if self.failure is None:
-            try:
-                self._guard(function)
-            except BaseException:  # noqa: S110
-                pass  # told to all by _guard; the default partition raises it
-        worker.finished = True
-        if self.failure is None:
-            try:
+        """A worker's thread: its turn, its function, and the baton to the next."""
+
+        def turn() -> None:
+            worker.baton.acquire()
+            if self.failure is None:
+                function()
+                worker.finished = True
                 self.switch(worker, ends=True)
-            except BaseException as failure:
-                self._fail(failure)
+
+        _running.partition = worker
+        with contextlib.suppress(BaseException):  # _guard has told it to all; the first partition raises it
+            self._guard(turn)
 
     def _guard(self, function: Callable[[], Any]) -> Any:
         try:
@@ -229,8 +230,7 @@ class Program:
             barrier = partition.barrier
             if barrier and barrier.bytes_due > 0 and not barrier.missing:
                 what = f"{barrier.name} was told to expect {barrier.bytes_due} bytes more than any copy brings"
-                cure = "mbarrier.expect must name the bytes of all copies that complete the phase: desc.block_type.nbytes"
-                raise WrongBytes(what, [*barrier.events, *events], cure)
+                raise WrongBytes(what, [*barrier.events, *events], EXPECT)
         who = "; ".join(f"{p.name} waits for {p.waits_for}" for p in waiting)
         raise Deadlock(f"nobody can go on. {who}", events, "; ".join(p.barrier.state() for p in waiting if p.barrier))
 

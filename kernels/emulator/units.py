@@ -16,9 +16,9 @@ from triton.experimental.gluon.language import _layouts as layouts
 
 from kernels.emulator.barriers import Barrier
 from kernels.emulator.memory import Access, MemDesc, poison
-from kernels.emulator.reports import Event, Race
+from kernels.emulator.reports import Race
 from kernels.emulator.scheduler import Operation, Partition
-from kernels.emulator.values import Value, bad_layout, gluon_type, scalar, torch_type
+from kernels.emulator.values import Value, bad_layout, gluon_type, scalar
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Descriptor:
     def _part(self, corner: list[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """The part of a block that exists: as slices of the block, and of the tensor."""
         inside, outside = [], []
-        for start, length, size in zip(corner, self.block_shape, self.tensor.shape):
+        for start, length, size in zip(corner, self.block_shape, self.tensor.shape, strict=True):
             first, stop = max(start, 0), max(min(start + length, size), max(start, 0))
             inside.append(slice(first - start, stop - start))
             outside.append(slice(first, stop))
@@ -76,7 +76,7 @@ class Descriptor:
 def _check_block(descriptor: Descriptor, corner: list[int], smem: MemDesc) -> None:
     wanted = (descriptor.block_shape, descriptor.dtype, descriptor.layout)
     got = (smem.shape, smem.dtype, smem.layout)
-    for name, want, have in zip(("shape", "type", "layout"), wanted, got):
+    for name, want, have in zip(("shape", "type", "layout"), wanted, got, strict=True):
         if want != have:
             raise bad_layout(f"the descriptor's block has the {name} {want}, {smem.label} {have}", "give both the same")
     if len(corner) != len(descriptor.block_shape):
@@ -93,7 +93,8 @@ def copy_in(me: Partition, descriptor: Descriptor, corner: list[int], barrier: B
         barrier.land(descriptor.nbytes, operation.knowledge, event)
 
     operation = Operation(event, land, None, [smem.allocation])
-    smem.touch(Access(event, operation.actor, 0, me.knowledge.copy(), write=True, engine=True))
+    smem.touch(Access(event, operation.actor, 0, me.knowledge.copy(), True, engine=True, completes=barrier))
+    barrier.waited_too_early = None
     poison(smem.data)
     me.program.start(operation)
 
@@ -214,7 +215,7 @@ def _check_product(me: Partition, a: Any, b: MemDesc, shape: list[int], layout: 
         PTX ISA, «Asynchronous Warpgroup Level Matrix Instructions»: shapes, and 8-bit operands along K only.
     """
     if not isinstance(layout, layouts.NVMMADistributedLayout) or list(layout.version) != [3, 0]:
-        raise bad_layout(f"the accumulator of warpgroup_mma is in {layout}", "it wants NVMMADistributedLayout([3, 0], …)")
+        raise bad_layout(f"the accumulator of warpgroup_mma is in {layout}", "use NVMMADistributedLayout([3, 0], …)")
     warps = layout.warps_per_cta[0] * layout.warps_per_cta[1]
     if warps != me.num_warps or warps % 4:
         raise bad_layout(f"the accumulator is laid out for {warps} warps, and {me.num_warps} run this",

@@ -155,7 +155,7 @@ def _unsliced(layout: Any, axis: int) -> Any:
 
 
 def operands(*xs: Any) -> tuple[list[torch.Tensor], Any]:
-    """Tensors of one type and of shapes that broadcast, and their layout. Plain Python numbers take the others' type."""
+    """Tensors of one type that broadcast, and their layout. Plain Python numbers take the others' type."""
     values = [x for x in xs if isinstance(x, Value)]
     ranks = {value.data.ndim for value in values} - {0}
     if len(ranks) > 1:

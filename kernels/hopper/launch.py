@@ -1,8 +1,9 @@
-"""Attention by a rung of the ladder: on a Hopper GPU where the tensors are there, in the emulator where they are not."""
+"""Attention by a rung of the ladder: on a Hopper GPU, or for CPU tensors in the emulator."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +22,6 @@ RUNGS: dict[str, ModuleType] = {
 }
 BLOCK_M = BLOCK_N = 128
 STAGES = 2
-NUM_WARPS = 8
 HEADDIMS = (64, 128)
 GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -58,32 +58,45 @@ def attention(
         kernels.emulator.Report: on the CPU, where the kernel is at fault.
     """
     _check(q, k, v, rung, softmax_scale, block_m)
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=torch.float32, device=q.device)
     if q.numel() == 0 or k.numel() == 0:
         return out, lse
-    scale = 1 / math.sqrt(q.shape[3]) if softmax_scale is None else softmax_scale
+    launch = plan(q, k, v, out, lse, causal, softmax_scale, block_m, block_n)
     kernel = RUNGS[rung].forward
-    grid = (-(-q.shape[1] // block_m), q.shape[2], q.shape[0])
-    arguments: list[Any] = [
-        _descriptor(q, block_m),
-        _descriptor(k, block_n),
-        _descriptor(v, block_n),
-        _descriptor(out, block_m),
-        lse,
-        q.shape[1],
-        k.shape[1],
-        q.shape[2] // k.shape[2],
-        scale * math.log2(math.e),
-        causal,
-        STAGES,
-    ]
-    num_warps = block_m // 16
     if q.is_cuda:
-        kernel[grid](*arguments, num_warps=num_warps)
+        kernel[launch.grid](*launch.arguments, num_warps=launch.num_warps)
     else:
-        emulate(kernel, grid, *arguments, num_warps=num_warps, explore=explore, seed=seed)
+        emulate(kernel, launch.grid, *launch.arguments, num_warps=launch.num_warps, explore=explore, seed=seed)
     return out, lse
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel's grid, its arguments in order, and the warps that compute."""
+
+    grid: tuple[int, int, int]
+    arguments: list[Any]
+    num_warps: int
+
+
+def plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    softmax_scale: float | None = None,
+    block_m: int = BLOCK_M,
+    block_n: int = BLOCK_N,
+) -> Launch:
+    """The launch that all rungs share: one program a tile of queries, head and batch; a warp for 16 rows."""
+    scale = 1 / math.sqrt(q.shape[3]) if softmax_scale is None else softmax_scale
+    arguments: list[Any] = [_descriptor(q, block_m), _descriptor(k, block_n), _descriptor(v, block_n)]
+    arguments += [_descriptor(out, block_m), lse, q.shape[1], k.shape[1], q.shape[2] // k.shape[2]]
+    arguments += [scale * math.log2(math.e), causal, STAGES]
+    return Launch((-(-q.shape[1] // block_m), q.shape[2], q.shape[0]), arguments, block_m // 16)
 
 
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:

@@ -1,4 +1,4 @@
-"""Rung 2: copies run ahead. A ring of tiles for K and V, one mbarrier a slot, and nobody waits for a copy just asked for.
+"""Rung 2: copies run ahead, in a ring of tiles for K and for V with one mbarrier a slot.
 
 As soon as a product has read its slot, the tile that is STAGES further on is asked for, into the same slot. The wait
 for it comes STAGES turns later. Slot and phase follow from the tile's number: with 2 slots, tile 5 is in slot 1 for the

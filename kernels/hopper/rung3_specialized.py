@@ -1,4 +1,4 @@
-"""Rung 3: warps divide the work. One warp asks for tiles, two warpgroups multiply, and mbarriers pass the slots to and fro.
+"""Rung 3: warps divide the work. One asks for tiles, two warpgroups multiply, mbarriers pass the slots to and fro.
 
 The producer needs hardly a register, the consumers every one that they can get: on entry all warps have the same
 number, then the producer gives up all but 24 and the consumers take what is left (`setmaxnreg`). A slot has two

@@ -32,7 +32,7 @@ def count_key_tiles(start_m, seqlen_q, seqlen_k, BLOCK_M: gl.constexpr, BLOCK_N:
 
 @gluon.jit
 def mask_scores(scores, start_m, start_n, seqlen_q, seqlen_k, CAUSAL: gl.constexpr):
-    """-inf where a key does not exist or, causal, lies after the query; a tile that every query sees whole is not touched."""
+    """-inf where a key does not exist or, causal, lies after the query. A tile that all see whole is not touched."""
     BLOCK_M: gl.constexpr = scores.shape[0]
     BLOCK_N: gl.constexpr = scores.shape[1]
     layout: gl.constexpr = scores.type.layout
@@ -51,7 +51,7 @@ def mask_scores(scores, start_m, start_n, seqlen_q, seqlen_k, CAUSAL: gl.constex
 
 @gluon.jit
 def softmax_step(scores, m, l, scale_log2):
-    """One tile more. Returns the powers of its scores, the new m and l, and what earlier sums are to be multiplied by."""
+    """One tile more: the powers of its scores, the new m and l, and the factor for what was summed before."""
     m_new = gl.maximum(m, gl.max(scores, 1) * scale_log2)
     shift = gl.where(m_new == float("-inf"), 0.0, m_new)  # a row that sees nothing yet: -inf - -inf would be NaN
     p = gl.exp2(scores * scale_log2 - shift[:, None])
