@@ -14,7 +14,7 @@ from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.emulator import language
-from kernels.emulator.reports import EMULATED, NotModelled
+from kernels.emulator.reports import EMULATED, NotModelled, Report
 from kernels.emulator.scheduler import Program
 from kernels.emulator.units import Descriptor
 from kernels.emulator.values import pointer_to, scalar
@@ -65,8 +65,12 @@ def emulate(
     for number in range(explore + 1):
         choices: list[int] = []
         for place in itertools.product(*(range(size) for size in reversed(full_grid))):
-            program = Program(place[::-1], full_grid, num_warps, None if number == 0 else seed * 1_000_003 + number)
-            program.run(lambda: function(*arguments))
+            program = Program(place[::-1], full_grid, num_warps, None if number == 0 else f"{seed} {number}")
+            try:
+                program.run(lambda: function(*arguments))
+            except Report as report:
+                report.add_note(f"in program {place[::-1]} of {full_grid}, interleaving {number}, seed {seed}")
+                raise
             choices += [*program.choices, -1]
         orders.add(tuple(choices))
     programs = full_grid[0] * full_grid[1] * full_grid[2]

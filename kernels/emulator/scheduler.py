@@ -97,7 +97,7 @@ class Program:
         seed: of the interleaving; None for the plain order.
     """
 
-    def __init__(self, place: tuple[int, ...], grid: tuple[int, ...], num_warps: int, seed: int | None = None):
+    def __init__(self, place: tuple[int, ...], grid: tuple[int, ...], num_warps: int, seed: str | None = None):
         self.place, self.grid, self.num_warps = place, grid, num_warps
         self.random = None if seed is None else random.Random(f"{seed} {place}")
         self.partitions = [Partition("all warps", num_warps, self)]
