@@ -10,8 +10,9 @@ import inspect
 import linecache
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 
 EMULATED = "__emulated__"  # a name in the globals of every function that the emulator runs: marks a kernel's frames
 
@@ -132,9 +133,14 @@ def assigned_name(default: str) -> str:
     for frame in _kernel_frames():
         target, equals, _ = linecache.getline(frame.f_code.co_filename, frame.f_lineno).partition("=")
         name = target.split(":")[0].strip()
-        if equals and name.isidentifier() and f"return {name}\n" not in inspect.getsource(frame.f_code):
+        if equals and name.isidentifier() and f"return {name}\n" not in _source(frame.f_code):
             return name
     return default
+
+
+@cache
+def _source(code: CodeType) -> str:
+    return inspect.getsource(code)
 
 
 def _kernel_frames():

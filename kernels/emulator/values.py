@@ -123,6 +123,7 @@ class Pointer(Value):
 
 def pointer_to(tensor: torch.Tensor, name: str) -> Pointer:
     """A kernel's pointer argument."""
+    gluon_type(tensor.dtype)  # refuses a type that Gluon does not have
     memory = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
     return Pointer(memory, torch.tensor(tensor.storage_offset()), AUTO, name)
 

@@ -27,6 +27,9 @@ QK = "scores = warpgroup_mma(q_tile, k_tile.permute((1, 0)), empty, use_acc=Fals
 QK_ASYNC = QK.replace("use_acc=False", "use_acc=False, is_async=True")
 PV = "acc = warpgroup_mma(gl.convert_layout(p.to(dtype), p_layout), v_tile, acc)\n"
 PV_ASYNC = PV.replace("v_tile, acc)", "v_tile, acc, is_async=True)")
+ARRIVE_K = "mbarrier.arrive(k_free.index(slot))\n"
+ARRIVE_V = "mbarrier.arrive(v_free.index(slot))\n"
+MASK = "        scores = mask_scores"
 EXPECT = "mbarrier.expect(ready.index(slot), desc.block_type.nbytes)"
 WAIT = "warpgroup_mma_wait"
 IMPORT = "tma, warpgroup_mma\n"
@@ -75,14 +78,14 @@ FAULTS = [
     Fault(
         "one arrival too many",
         "specialized",
-        (("mbarrier.arrive(v_free.index(slot))\n", "mbarrier.arrive(v_free.index(slot)); mbarrier.arrive(v_free.index(slot))\n"),),
+        ((ARRIVE_V, f"{ARRIVE_V}        {ARRIVE_V}"),),
         WrongArrivals,
-        ("v_free[0]", "mbarrier.arrive(v_free.index(slot));", "[consume]"),
+        ("v_free[0]", "mbarrier.arrive(v_free.index(slot))", "[consume]"),
     ),
     Fault(
         "a slot given back before it has been read",
         "specialized",
-        (("        mbarrier.arrive(k_free.index(slot))\n", ""), (QK, f"mbarrier.arrive(k_free.index(slot))\n        {QK}")),
+        ((f"        {ARRIVE_K}", ""), (QK, f"{ARRIVE_K}        {QK}")),
         Race,
         ("on k_ring[0]", "scores = warpgroup_mma(", "[consume]", "tma_load(desc", "[produce]"),
     ),
@@ -92,7 +95,7 @@ FAULTS = [
         (
             (IMPORT, f"tma, warpgroup_mma, {WAIT}\n"),
             (QK, QK_ASYNC),
-            ("        scores = mask_scores", f"        scores = {WAIT}(0, deps=(scores,))\n        scores = mask_scores"),
+            (MASK, f"        scores = {WAIT}(0, deps=(scores,))\n{MASK}"),
         ),
         Race,
         ("on k_ring[0]", "scores = warpgroup_mma(", "tma_load(desc", "may still be reading"),
@@ -156,7 +159,7 @@ FAULTS = [
     Fault(
         "a barrier that was never initialised",
         "tma_wgmma",
-        (("q_ready = allocate_barriers(1, 1)", "q_ready = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())"),),
+        (("q_ready = allocate_barriers(1, 1)", "q_ready = mbarrier.allocate_mbarrier(1)"),),
         BadBarrier,
         ("q_ready is not initialised", "mbarrier.expect(barrier"),
     ),
@@ -170,7 +173,10 @@ FAULTS = [
     Fault(
         "a copy that was forgotten",
         "pipelined",
-        (("        load_tile(v_desc, batch, tile, kv_column, v_ready, v_ring, STAGES)\n", ""), ("        mbarrier.wait(v_ready.index(slot), phase)\n", "")),
+        (
+            ("        load_tile(v_desc, batch, tile, kv_column, v_ready, v_ring, STAGES)\n", ""),
+            ("        mbarrier.wait(v_ready.index(slot), phase)\n", ""),
+        ),
         Unwritten,
         ("v_ring[0] is read, and nothing was written there", "acc = warpgroup_mma("),
     ),
