@@ -260,7 +260,8 @@ def smem_store(smem: MemDesc, value: Value) -> None:
 
 
 def smem_free(smem: MemDesc) -> None:
-    smem.allocation.freed = current().event(f"end of {smem.label}")
+    me = current()
+    smem.allocation.free(me.access(f"end of {smem.label}", write=True))
 
 
 MemDesc.load = smem_load  # type: ignore[attr-defined]

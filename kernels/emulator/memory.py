@@ -84,6 +84,13 @@ class Allocation:
             raise Unwritten(f"{label} is read, and nothing was written there", [access.event], cure)
         self._remember(access)
 
+    def free(self, access: Access) -> None:
+        """Ends it. Raises UseAfterFree where somebody may still be using it."""
+        for earlier in self.accesses:
+            if not access.after(earlier):
+                raise UseAfterFree(f"{self.name} is freed while it is still in use", [earlier.event, access.event])
+        self.freed = access.event
+
     def _remember(self, access: Access) -> None:
         """An access takes the place of those that it covers: whoever comes after it comes after them."""
         self.accesses = [

@@ -268,6 +268,15 @@ def test_a_worker_cannot_be_given_registers():
 
 
 @gluon.jit
+def freed_in_use_kernel(source):
+    tile = gl.allocate_shared_memory(source.dtype, source.block_type.shape, source.layout)
+    landed = allocate_barriers(1, 1).index(0)
+    mbarrier.expect(landed, source.block_type.nbytes)
+    tma_load(source, [0, 0], landed, tile)
+    tile._keep_alive()
+
+
+@gluon.jit
 def freed_kernel(BARRIER: gl.constexpr):
     tile = gl.allocate_shared_memory(gl.float32, [16, 16], SHARED)
     done = allocate_barriers(1, 1).index(0)
@@ -282,6 +291,8 @@ def freed_kernel(BARRIER: gl.constexpr):
 def test_what_was_given_back_cannot_be_used():
     with pytest.raises(UseAfterFree, match="tile is used after it was freed"):
         emulate(freed_kernel, (1,), False)
+    with pytest.raises(UseAfterFree, match="tile is freed while it is still in use"):
+        emulate(freed_in_use_kernel, (1,), *rows(torch.zeros(16, 64).half()))
     with pytest.raises(BadBarrier, match="done is not initialised, or no more"):
         emulate(freed_kernel, (1,), True)
 

@@ -6,6 +6,7 @@ A process of its own, without TRITON_INTERPRET: under it a kernel cannot be comp
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 
 import torch
@@ -27,8 +28,13 @@ def main() -> None:
         for dtype, causal in ((torch.bfloat16, True), (torch.float16, False))
     }
     compiled |= others()
-    reports = {name: asdict(one) | {"ptx": ""} for name, one in compiled.items()}
+    reports = {name: asdict(one) | {"handed_over": handed_over(one), "ptx": ""} for name, one in compiled.items()}
     print(json.dumps({"kernels": reports, "table": table()}))
+
+
+def handed_over(compiled: Compiled) -> list[int]:
+    """The numbers of registers that warps set for themselves."""
+    return sorted({int(number) for number in re.findall(r"setmaxnreg\S+\s+(\d+)", compiled.ptx)})
 
 
 def others() -> dict[str, Compiled]:

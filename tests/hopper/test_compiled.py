@@ -1,4 +1,4 @@
-"""Every rung compiles to sm_90a, here, with the instructions that its idea needs; docs/hopper.md shows what came out."""
+"""Every rung compiles to sm_90a with the instructions that its idea needs; docs/hopper.md shows what came out."""
 
 import importlib.metadata
 import json
@@ -56,6 +56,11 @@ def test_each_rung_waits_where_its_idea_waits(kernels):
 def test_only_the_specialised_rung_hands_registers_over(kernels):
     for name, report in rungs(kernels).items():
         assert (report["instructions"]["setmaxnreg"] > 0) == name.startswith("specialized"), name
+
+
+def test_the_producer_keeps_24_registers_and_the_consumers_get_240(kernels):
+    for name, report in rungs(kernels).items():
+        assert report["handed_over"] == ([24, 240] if name.startswith("specialized") else []), name
 
 
 def test_nothing_spills_and_all_fits_into_a_block(kernels):
