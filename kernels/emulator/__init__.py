@@ -8,12 +8,13 @@
 |---|---|
 | `launch.py` | the same source, run by Python with other globals |
 | `values.py` | what is in registers: types, layouts |
+| `arithmetic.py` | the words that compute |
 | `memory.py` | shared memory, and who touched it |
 | `order.py` | who knows of what: what a race is |
 | `barriers.py` | mbarriers: arrivals, bytes, phases |
 | `units.py` | the engines that work by themselves: TMA, WGMMA |
 | `scheduler.py` | partitions of warps, and who runs next |
-| `language.py` | the words of `gl`, `tma`, `mbarrier` |
+| `language.py` | the words of `gl`, `tma`, `mbarrier`, by name |
 | `reports.py` | what can be wrong, and how it is said |
 """
 

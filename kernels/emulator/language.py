@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from triton.experimental.gluon import language as real_gl
-from triton.experimental.gluon.language import _layouts as layouts
 from triton.experimental.gluon.language.nvidia.hopper.mbarrier import MBarrierLayout
 
-from kernels.emulator import units
+from kernels.emulator import arithmetic, units
+from kernels.emulator.arithmetic import as_value, make
 from kernels.emulator.barriers import Barrier
 from kernels.emulator.memory import BLOCK_BYTES, MemDesc, allocate
 from kernels.emulator.reports import BadBarrier, Event, NotModelled, OutOfBounds, assigned_name, here
 from kernels.emulator.scheduler import current
-from kernels.emulator.values import AUTO, Pointer, Value, bad_layout, binary, operands, same_layout, scalar, torch_type
+from kernels.emulator.values import Value, bad_layout, scalar
 
 FEWEST_REGISTERS, MOST_REGISTERS = 24, 256  # of a thread, in steps of 8: what setmaxnreg takes
 SM_REGISTERS = 65536
@@ -32,128 +31,6 @@ class Namespace:
         if name in self._members:
             return self._members[name]
         raise NotModelled(f"the emulator does not know {self._name}.{name}; docs/emulator.md lists what it does")
-
-
-def _tensor(x: Any) -> Value:
-    return x if isinstance(x, Value) else scalar(x)
-
-
-# ---- numbers ----
-
-
-def _make(data: torch.Tensor, layout: Any) -> Value:
-    if any(size & (size - 1) for size in data.shape):
-        raise bad_layout(f"a tensor of {list(data.shape)}: every size must be a power of two")
-    layout = AUTO if layout is None else layout
-    if layout != AUTO and (not isinstance(layout, layouts.DistributedLayout) or layout.rank != data.ndim):
-        raise bad_layout(f"a tensor of {list(data.shape)} in {layout}", "wants a layout of registers, of that rank")
-    return Value(data, layout if data.ndim else AUTO)
-
-
-def arange(start: int, end: int, layout: Any = None) -> Value:
-    return _make(torch.arange(start, end, dtype=torch.int32), layout)
-
-
-def full(shape: Any, value: Any, dtype: Any, layout: Any = None) -> Value:
-    number = value.data if isinstance(value, Value) else torch.tensor(value)
-    return _make(number.to(torch_type(dtype)).expand([int(size) for size in shape]).clone(), layout)
-
-
-def zeros(shape: Any, dtype: Any, layout: Any = None) -> Value:
-    return full(shape, 0, dtype, layout)
-
-
-def where(condition: Any, x: Any, y: Any) -> Value:
-    if not isinstance(x, Value) and not isinstance(y, Value):
-        x = scalar(x)
-    (a, b), _ = operands(x, y)
-    ranks = {t.ndim for t in (condition.data, a, b)} - {0}
-    if len(ranks) > 1:
-        raise bad_layout("gl.where on tensors that differ in rank", "give all as many dimensions: x[:, None]")
-    tensors = [t for t in (condition, x, y) if isinstance(t, Value)]
-    return Value(torch.where(condition.data, a, b), same_layout(tensors))
-
-
-def cdiv(x: Any, divisor: Any) -> Any:
-    return (x + (divisor - 1)) // divisor
-
-
-def _pick(compare: Callable, of_tensors: Callable) -> Callable:
-    """Minimum or maximum; where one is NaN the other wins, as on the GPU."""
-    return lambda a, b: (
-        binary(of_tensors, a, b) if isinstance(a, Value) or isinstance(b, Value) else compare(a, b)
-    )  # fmt: skip
-
-
-def _unary(function: Callable) -> Callable:
-    def apply(x: Any) -> Value:
-        x = _tensor(x)
-        return Value(function(x.data), x.layout)
-
-    return apply
-
-
-def reduce_along(function: Callable) -> Callable:
-    """A reduction: along `axis` the layout becomes a slice."""
-
-    def reduce(x: Value, axis: int | None = None, keep_dims: bool = False) -> Value:
-        if axis is None:
-            return Value(function(x.data.flatten(), 0))
-        data = function(x.data, axis)
-        if keep_dims:
-            return Value(data.unsqueeze(axis), x.layout)
-        layout = AUTO if x.layout == AUTO or not data.ndim else layouts.SliceLayout(axis, x.layout)
-        return Value(data, layout)
-
-    return reduce
-
-
-def _sum(x: torch.Tensor, axis: int) -> torch.Tensor:
-    return x.float().sum(axis) if x.dtype == torch.bfloat16 else x.sum(axis, dtype=_sum_type(x.dtype))
-
-
-def _sum_type(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype.is_floating_point or dtype == torch.int64 else torch.int32
-
-
-def convert_layout(value: Value, layout: Any, assert_trivial: bool = False) -> Value:
-    return _make(value.data, layout)
-
-
-def cast(value: Any, dtype: Any) -> Value:
-    return _tensor(value).to(dtype)
-
-
-def fma(x: Any, y: Any, z: Any) -> Value:
-    (a, b, c), layout = operands(_tensor(x), y, z)
-    return Value(a * b + c, layout)
-
-
-def expand_dims(value: Value, axis: int) -> Value:
-    index: list[Any] = [slice(None)] * value.data.ndim
-    index.insert(axis, None)
-    return value[tuple(index)]
-
-
-def load(pointer: Pointer, mask: Any = None, other: Any = 0.0, **_: Any) -> Value:
-    keep = _mask(pointer, mask)
-    data = torch.full(keep.shape, other.data.item() if isinstance(other, Value) else other).to(pointer.memory.dtype)
-    data[keep] = pointer.memory[pointer.checked_offsets(keep)]
-    return Value(data, pointer.layout)
-
-
-def store(pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> None:
-    keep = _mask(pointer, mask)
-    data = _tensor(value)
-    same_layout([pointer, data])
-    pointer.memory[pointer.checked_offsets(keep)] = data.data.to(pointer.memory.dtype).expand(keep.shape)[keep]
-
-
-def _mask(pointer: Pointer, mask: Any) -> torch.Tensor:
-    if mask is None:
-        return torch.ones(pointer.data.shape, dtype=torch.bool)
-    same_layout([pointer, _tensor(mask)])
-    return _tensor(mask).data.expand(pointer.data.shape)
 
 
 # ---- the program ----
@@ -173,7 +50,7 @@ def static_assert(condition: Any, message: str = "") -> None:
 
 
 def device_assert(condition: Any, message: str = "", **_: Any) -> None:
-    if not bool(_tensor(condition).data.all()):
+    if not bool(as_value(condition).data.all()):
         raise OutOfBounds(f"device_assert failed: {message}", [Event("device_assert", here(), current().name)])
 
 
@@ -232,7 +109,7 @@ def allocate_shared_memory(element_ty: Any, shape: Any, layout: Any, value: Any 
     me = current()
     name = assigned_name("shared memory")
     event = me.event(f"allocation of {name}")
-    smem = allocate(name, element_ty, [int(size) for size in shape], layout, event)
+    smem = allocate(name, element_ty, [int(size) for size in shape], layout)
     program = me.program
     program.allocations.append(smem.allocation)
     alive = [allocation for allocation in program.allocations if not allocation.freed]
@@ -248,7 +125,7 @@ def allocate_shared_memory(element_ty: Any, shape: Any, layout: Any, value: Any 
 def smem_load(smem: MemDesc, layout: Any) -> Value:
     me = current()
     smem.touch(me.access(f"load from {smem.label}", write=False))
-    return _make(smem.data.clone(), layout)
+    return make(smem.data.clone(), layout)
 
 
 def smem_store(smem: MemDesc, value: Value) -> None:
@@ -373,49 +250,26 @@ def warpgroup_mma_init(value: Value) -> units.Accumulator:
 
 # ---- the words themselves ----
 
-_LARGEST, _SMALLEST = torch.fmax, torch.fmin
-
-
-def _extreme(fill: float, function: Callable) -> Callable:
-    """NaN loses against any number, as on the GPU."""
-    return lambda x, axis: function(torch.where(x.isnan(), fill, x) if x.dtype.is_floating_point else x, axis)
-
 
 # fmt: off
+_COMPUTE = ["add", "arange", "cast", "cdiv", "convert_layout", "expand_dims", "fma", "full", "load", "maximum",
+            "minimum", "mul", "store", "sub", "where", "zeros"]
 _TYPES = ["int1", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float8e5", "float8e4nv",
           "float16", "bfloat16", "float32", "float64", "pointer_type", "block_type", "constexpr", "tensor", "tuple"]
 _LAYOUTS = ["AutoLayout", "BlockedLayout", "CoalescedLayout", "DistributedLinearLayout", "DotOperandLayout",
             "NVMMADistributedLayout", "NVMMASharedLayout", "PaddedSharedLayout", "SliceLayout", "SwizzledSharedLayout"]
-_MATH: dict[str, Callable] = {"abs": torch.abs, "ceil": torch.ceil, "cos": torch.cos, "erf": torch.erf,
-                              "exp": torch.exp, "exp2": torch.exp2, "floor": torch.floor, "log": torch.log,
-                              "log2": torch.log2, "rsqrt": torch.rsqrt, "sin": torch.sin, "sqrt": torch.sqrt}
 # fmt: on
 
 gl = Namespace(
     "gl",
     {name: getattr(real_gl, name) for name in [*_TYPES, *_LAYOUTS] if hasattr(real_gl, name)}
-    | {name: _unary(function) for name, function in _MATH.items()}
+    | {name: getattr(arithmetic, name) for name in _COMPUTE}
+    | {name: arithmetic.elementwise(function) for name, function in arithmetic.MATH.items()}
     | {
-        "arange": arange,
-        "full": full,
-        "zeros": zeros,
-        "where": where,
-        "cdiv": cdiv,
-        "minimum": _pick(min, _SMALLEST),
-        "maximum": _pick(max, _LARGEST),
-        "max": reduce_along(_extreme(-torch.inf, torch.amax)),
-        "min": reduce_along(_extreme(torch.inf, torch.amin)),
-        "sum": reduce_along(_sum),
-        "add": lambda a, b: binary(operator.add, a, b),
-        "sub": lambda a, b: binary(operator.sub, a, b),
-        "mul": lambda a, b: binary(operator.mul, a, b),
-        "fma": fma,
-        "cast": cast,
-        "to_tensor": _tensor,
-        "expand_dims": expand_dims,
-        "convert_layout": convert_layout,
-        "load": load,
-        "store": store,
+        "max": arithmetic.reduction(arithmetic.largest),
+        "min": arithmetic.reduction(arithmetic.smallest),
+        "sum": arithmetic.reduction(arithmetic.total),
+        "to_tensor": as_value,
         "program_id": program_id,
         "num_programs": num_programs,
         "num_warps": lambda: current().num_warps,
@@ -431,7 +285,6 @@ gl = Namespace(
         "thread_barrier": block_barrier,
         "warp_specialize": warp_specialize,
         "allocate_shared_memory": allocate_shared_memory,
-        "constexpr_function": lambda function: function,
     },
 )
 

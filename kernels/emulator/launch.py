@@ -98,6 +98,8 @@ def _argument(name: str, value: Any) -> Any:
         return tuple(_argument(name, item) for item in value)
     if isinstance(value, int | float):
         return scalar(value)
+    if value is None:
+        return None
     raise TypeError(f"{name} is {type(value).__name__}, and the emulator takes tensors, descriptors and numbers")
 
 

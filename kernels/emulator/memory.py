@@ -57,7 +57,6 @@ class Allocation:
 
     name: str
     data: torch.Tensor
-    place: Event
     freed: Event | None = None
     accesses: list[Access] = field(default_factory=list)
     barriers: dict[Box, Any] = field(default_factory=dict)
@@ -75,11 +74,11 @@ class Allocation:
         if self.freed:
             raise UseAfterFree(f"{self.name} is used after it was freed", [self.freed, access.event])
         access = dataclasses.replace(access, box=box)
-        here = [earlier for earlier in self.accesses if _overlap(earlier.box, box)]
-        for earlier in here:
+        there = [earlier for earlier in self.accesses if _overlap(earlier.box, box)]
+        for earlier in there:
             if access.write or earlier.write:
                 _check_order(label, earlier, access)
-        if not access.write and not any(earlier.write for earlier in here):
+        if not access.write and not any(earlier.write for earlier in there):
             cure = "a copy into it is missing, or it is not the slot that was meant"
             raise Unwritten(f"{label} is read, and nothing was written there", [access.event], cure)
         self._remember(access)
@@ -173,6 +172,10 @@ class MemDesc:
         return MemDesc(self.allocation, self.data[i], box, self.dims[1:], self.layout)  # type: ignore[index]
 
     def slice(self, start: int, length: int, dim: int = 0) -> MemDesc:
+        if not 0 <= start <= start + length <= self.shape[dim]:
+            raise bad_layout(
+                f"{self.label} has {self.shape[dim]} places, and {start} to {start + length} are asked for"
+            )
         where = self._dim(dim)
         first = self.box[where][0] + start
         box = (*self.box[:where], (first, first + length), *self.box[where + 1 :])
@@ -187,6 +190,8 @@ class MemDesc:
         return MemDesc(self.allocation, self.data.permute(order), self.box, dims, layout)
 
     def reshape(self, shape: Any) -> MemDesc:
+        if not self.data.is_contiguous():
+            raise NotModelled("the emulator does not know .reshape after .permute: reshape first")
         layout = self.layout
         if isinstance(layout, layouts.NVMMASharedLayout):
             layout = dataclasses.replace(layout, rank=len(shape))
@@ -201,14 +206,14 @@ class MemDesc:
         self.allocation.touch(self.label, self.box, access)
 
 
-def allocate(name: str, dtype: Any, shape: list[int], layout: Any, place: Event) -> MemDesc:
+def allocate(name: str, dtype: Any, shape: list[int], layout: Any) -> MemDesc:
     """Shared memory full of NaN (or of the most negative number, for integers)."""
     if not isinstance(layout, layouts.SharedLayout):
         raise bad_layout(f"{name}: shared memory is allocated with {layout}", "give it a shared layout")
     data = torch.empty(shape, dtype=torch_type(dtype))
     poison(data)
     box = tuple((0, size) for size in shape)
-    return MemDesc(Allocation(name, data, place), data, box, list(range(len(shape))), layout)
+    return MemDesc(Allocation(name, data), data, box, list(range(len(shape))), layout)
 
 
 def poison(data: torch.Tensor) -> None:
