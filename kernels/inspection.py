@@ -5,7 +5,8 @@ TRITON_INTERPRET:
 
     python -m kernels.inspection < jobs.json > reports.json
 
-Reports are kept in build/inspection, by a hash of the job, the kernel's file and Triton's version.
+Reports are kept in build/inspection, by a hash of the job, the kernel's file with those of ours that it imports, and
+Triton's version.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ class Report:
         instructions: tensor-core instructions in the PTX by kind: "mma.sync", "wgmma", "tcgen05".
         example: one of them as it stands there.
         async_copies: instructions that copy to shared memory beside the computation (cp.async, TMA).
+        hopper: how often each of HOPPER stands in the PTX, where a loop's body stands once.
+        registers_set: the numbers of registers that warps set for themselves (setmaxnreg), each once.
         registers: of 32 bits, for each thread.
         spilled_bytes: for each thread, what did not fit into registers and went to memory.
         shared_bytes: for each program.
@@ -76,6 +79,8 @@ class Report:
     instructions: dict[str, int] = field(default_factory=dict)
     example: str = ""
     async_copies: int = 0
+    hopper: dict[str, int] = field(default_factory=dict)
+    registers_set: list[int] = field(default_factory=list)
     registers: int = 0
     spilled_bytes: int = 0
     shared_bytes: int = 0
@@ -127,12 +132,26 @@ def _capability(target: str) -> tuple[int, int]:
 
 
 def _key(job: Job) -> str:
-    module = importlib.util.find_spec(job.kernel.split(":")[0])
-    if module is None or module.origin is None:
-        raise ValueError(f"kernel is {job.kernel!r}, and there is no such module")
     parts = [json.dumps(asdict(job), sort_keys=True), importlib.metadata.version("triton")]
-    parts += [Path(module.origin).read_text(), Path(__file__).read_text()]
+    parts += [path.read_text() for path in sorted(_sources(job.kernel.split(":")[0]))] + [Path(__file__).read_text()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+OURS = re.compile(r"^(?:from|import) ((?:kernels|tests)\b[\w.]*)", re.MULTILINE)
+
+
+def _sources(module: str, found: set[Path] | None = None) -> set[Path]:
+    """The module's file, and those of this repository's that it imports, and they in turn."""
+    found = set() if found is None else found
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"kernel is in {module!r}, and there is no such module")
+    path = Path(spec.origin)
+    if path not in found:
+        found.add(path)
+        for imported in OURS.findall(path.read_text()):
+            _sources(imported, found)
+    return found
 
 
 def _compile_in_child(jobs: list[Job]) -> list[dict]:
@@ -204,6 +223,7 @@ def _as_triton_wants(names: list[str], job: Job) -> tuple[dict, dict, dict]:
 
 
 TENSOR_CORE = {"mma.sync": r"mma\.sync\.\S+", "wgmma": r"wgmma\.mma_async\.\S+", "tcgen05": r"tcgen05\.mma\.\S+"}
+HOPPER = ("wgmma.mma_async", "cp.async.bulk.tensor", "mbarrier.try_wait", "setmaxnreg")
 ASYNC_COPY = r"cp\.async\.(?:c[ag]\.shared|bulk\.tensor)\S*"
 
 
@@ -215,6 +235,8 @@ def _report(ptx: str, cubin: bytes, shared_bytes: int) -> Report:
         instructions={kind: len(lines) for kind, lines in found.items()},
         example=next(iter(found.values()))[0] if found else "",
         async_copies=len(re.findall(ASYNC_COPY, ptx)),
+        hopper={name: ptx.count(name) for name in HOPPER},
+        registers_set=sorted({int(number) for number in re.findall(r"setmaxnreg\S+\s+(\d+)", ptx)}),
         registers=usage["REG"],
         spilled_bytes=usage["STACK"],  # our kernels have no arrays in local memory: what is there was spilled
         shared_bytes=shared_bytes,

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from kernels import tuning
+from kernels.hopper.compiled import rung_jobs
 from kernels.inspection import Job, Report, inspect
 from kernels.targets import TARGETS
 
@@ -67,7 +68,13 @@ def flash_attention_signature(kernel: str, dtype: str) -> dict:
     return tensors | steps | dict.fromkeys(outputs, tensor) | {"grad_strides": strides} | lengths | mask
 
 
-KERNELS: dict[str, Callable[[str], dict[str, Job]]] = {"flash_attention": flash_attention}
+def hopper(target: str) -> dict[str, Job]:
+    """The rungs of `kernels.hopper`, which compile for Hopper alone."""
+    jobs = rung_jobs() if target == "sm_90" else {}
+    return {f"{rung} d={headdim}": job for (rung, headdim), job in jobs.items()}
+
+
+KERNELS: dict[str, Callable[[str], dict[str, Job]]] = {"flash_attention": flash_attention, "hopper": hopper}
 
 
 def main() -> None:

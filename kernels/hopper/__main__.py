@@ -3,44 +3,47 @@
 from __future__ import annotations
 
 import io
-import os
-import subprocess
-import sys
+import json
 import tokenize
+from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 
-import torch
-import triton
+from kernels.hopper.compiled import rung_jobs
+from kernels.hopper.launch import RUNGS
+from kernels.inspection import HOPPER, ROOT, inspect
 
-from kernels.hopper.compiled import INSTRUCTIONS, Compiled, compile_for_hopper
-from kernels.hopper.launch import HEADDIMS, RUNGS, plan
-
-
-def compile_rung(rung: str, headdim: int, dtype: torch.dtype = torch.bfloat16, causal: bool = True) -> Compiled:
-    """One rung with its tiles of 128 × 128."""
-    q, k, v, out = (torch.empty(1, 128, 1, headdim, dtype=dtype) for _ in range(4))
-    lse = torch.empty(1, 1, 128)
-    launch = plan(q, k, v, out, lse, causal)
-    return compile_for_hopper(RUNGS[rung].forward, launch.arguments, launch.num_warps)
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def table() -> str:
     """The ladder in Markdown: bf16, causal, tiles of 128 × 128, two slots."""
-    rows = [("rung", "lines", "d", *(f"`{name}`" for name in INSTRUCTIONS), "registers", "spilled", "shared", "TFLOPS")]
+    rows = [("rung", "lines", "d", *(f"`{name}`" for name in HOPPER), "registers", "spilled", "shared", "TFLOPS")]
     rows.append(("---",) * len(rows[0]))
-    for rung, module in RUNGS.items():
-        for headdim in HEADDIMS:
-            compiled = compile_rung(rung, headdim)
-            name = f"`{Path(str(module.__file__)).name}`"
-            figures = [count_lines(module), headdim, *compiled.instructions.values()]
-            figures += [compiled.registers, compiled.spilled]
-            rows.append((name, *map(str, figures), f"{compiled.shared:,} B", "not measured yet"))
+    jobs = rung_jobs()
+    for (rung, headdim), report in zip(jobs, inspect(jobs.values()), strict=True):
+        module = RUNGS[rung]
+        figures = [count_lines(module), headdim, *(report.hopper[name] for name in HOPPER)]
+        figures += [report.registers, report.spilled_bytes]
+        name = f"`{module.__name__.split('.')[-1]}.py`"
+        rows.append((name, *map(str, figures), f"{report.shared_bytes:,} B", measured(rung, headdim)))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def count_lines(module) -> int:
+def measured(rung: str, headdim: int, results: Path = RESULTS) -> str:
+    """TFLOP/s of the longest causal forward that `make bench-gpu` stored, with its GPU; or that there is none."""
+    found = []
+    for path in sorted(results.glob("*/hopper.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        for row in result["rows"]:
+            if row["headdim"] == headdim and row["causal"]:
+                found.append((row["seqlen"], f"{row[f'{rung} TFLOP/s']:.0f} ({result['machine']['device']})"))
+    return max(found)[1] if found else "not measured yet"
+
+
+def count_lines(module: ModuleType) -> int:
     """Lines of code: no blanks, comments or docstrings."""
-    source = Path(module.__file__).read_text(encoding="utf-8")
+    source = Path(str(module.__file__)).read_text(encoding="utf-8")
     skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
     lines: set[int] = set()
     previous = tokenize.NEWLINE
@@ -52,12 +55,5 @@ def count_lines(module) -> int:
     return len(lines)
 
 
-def main() -> None:
-    if os.environ.get("TRITON_INTERPRET") == "1":  # a kernel that was decorated under it cannot be compiled
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        sys.exit(subprocess.run([sys.executable, "-m", "kernels.hopper"], env=environment).returncode)
-    print(f"triton {triton.__version__}, sm_90a\n\n{table()}")
-
-
 if __name__ == "__main__":
-    main()
+    print(f"triton {version('triton')}, sm_90a\n\n{table()}")

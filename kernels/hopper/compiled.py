@@ -1,74 +1,54 @@
-"""What a Gluon kernel compiles to on Hopper. No GPU is needed."""
+"""What the rungs compile to on Hopper, without one: jobs for `kernels.inspection`."""
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
-from dataclasses import dataclass, field
-from pathlib import Path
+import importlib
 from typing import Any
 
-import triton
+import torch
 from torch import Tensor
 from triton._utils import canonicalize_dtype
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-HOPPER = GPUTarget("cuda", 90, 32)
-INSTRUCTIONS = ("wgmma.mma_async", "cp.async.bulk.tensor", "mbarrier.try_wait", "setmaxnreg")
+from kernels.hopper.launch import HEADDIMS, RUNGS, plan
+from kernels.inspection import Job
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """A kernel on sm_90a.
+def rung_jobs(dtype: torch.dtype = torch.bfloat16, causal: bool = True) -> dict[tuple[str, int], Job]:
+    """Every rung in every head dimension, with its tiles of 128 × 128: {(rung, headdim): job}."""
+    return {(rung, headdim): _rung_job(rung, headdim, dtype, causal) for rung in RUNGS for headdim in HEADDIMS}
+
+
+def _rung_job(rung: str, headdim: int, dtype: torch.dtype, causal: bool) -> Job:
+    q, k, v, out = (torch.empty(1, 256, nheads, headdim, dtype=dtype) for nheads in (4, 2, 2, 4))
+    launch = plan(q, k, v, out, torch.empty(1, 4, 256), causal)
+    return job_of(f"{RUNGS[rung].__name__}:forward", launch.arguments, launch.num_warps)
+
+
+def job_of(kernel: str, arguments: list[Any], num_warps: int) -> Job:
+    """The compilation that a launch with these arguments would begin.
 
     Args:
-        instructions: how often each of INSTRUCTIONS stands in its PTX (a loop's body counts once).
-        registers: of a thread, on entry.
-        spilled: bytes of stack a thread, where registers did not suffice.
-        shared: bytes of shared memory a block.
-        ptx: the PTX.
+        kernel: where it stands, such as "kernels.hopper.rung2_pipelined:forward".
+        arguments: as for a launch; the tensors may be on the CPU.
+        num_warps: of the block, or of its first partition.
     """
-
-    instructions: dict[str, int]
-    registers: int
-    spilled: int
-    shared: int
-    ptx: str = field(repr=False)
-
-
-def compile_for_hopper(kernel: Any, arguments: list[Any], num_warps: int) -> Compiled:
-    """Compiles a `@gluon.jit` kernel for these arguments, which may be CPU tensors: only their types count."""
-    names = {parameter.name: parameter.is_constexpr for parameter in kernel.params}
-    values = dict(zip(names, arguments, strict=False)) | ({"num_warps": num_warps} if "num_warps" in names else {})
-    signature = {name: "constexpr" if constant else _type(values[name]) for name, constant in names.items()}
-    constants = {name: values[name] for name, constant in names.items() if constant}
-    source = GluonASTSource(kernel, signature, constants)
-    result = triton.compile(source, target=HOPPER, options={"num_warps": num_warps})
-    ptx = result.asm["ptx"]
-    registers, spilled = _resources(result.asm["cubin"])
-    counts = {name: len(re.findall(re.escape(name), ptx)) for name in INSTRUCTIONS}
-    return Compiled(counts, registers, spilled, result.metadata.shared, ptx)
+    module, name = kernel.split(":")
+    parameters = getattr(importlib.import_module(module), name).params
+    values = dict(zip((parameter.name for parameter in parameters), arguments, strict=False)) | {"num_warps": num_warps}
+    constants = {parameter.name: values[parameter.name] for parameter in parameters if parameter.is_constexpr}
+    signature = {
+        parameter.name: _type(values[parameter.name]) for parameter in parameters if not parameter.is_constexpr
+    }
+    return Job(kernel, signature, constants, "sm_90", num_warps)
 
 
 def _type(value: Any) -> str:
+    """As Triton names it at a launch, where it looks for ones and for multiples of 16."""
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{canonicalize_dtype(value.base.dtype)}{list(value.block_shape)},{value.layout!r}>"
     if isinstance(value, Tensor):
-        return f"*{canonicalize_dtype(value.dtype)}"
-    return "fp32" if isinstance(value, float) else "i32"
-
-
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and bytes of stack, from the machine code."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"cuobjdump does not say what the kernel uses: {usage}")
-    return int(found[1]), int(found[2])
+        return f"*{canonicalize_dtype(value.dtype)}" + (":16" if value.data_ptr() % 16 == 0 else "")
+    if isinstance(value, float):
+        return "fp32"
+    return "1" if value == 1 else "i32:16" if value % 16 == 0 else "i32"

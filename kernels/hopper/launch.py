@@ -58,10 +58,10 @@ def attention(
         kernels.emulator.Report: on the CPU, where the kernel is at fault.
     """
     _check(q, k, v, rung, softmax_scale, block_m)
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=torch.float32, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
     if q.numel() == 0 or k.numel() == 0:
-        return out, lse
+        return out.zero_(), lse.fill_(-torch.inf)
     launch = plan(q, k, v, out, lse, causal, softmax_scale, block_m, block_n)
     kernel = RUNGS[rung].forward
     if q.is_cuda:

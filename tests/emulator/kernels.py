@@ -29,6 +29,11 @@ def describe(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
 
 
+def rows(*tensors: torch.Tensor) -> list[TensorDescriptor]:
+    """Descriptors of matrices with 64 columns, in blocks of 16 rows."""
+    return [describe(tensor, [16, 64]) for tensor in tensors]
+
+
 @gluon.jit
 def copy_kernel(source, target):
     """Block by block, global to shared to global, without a register."""

@@ -23,16 +23,12 @@ from kernels.emulator import (
 )
 from kernels.emulator.example import double_kernel
 from kernels.hopper.compat import allocate_barriers, tma_load, tma_store
-from tests.emulator.kernels import describe
+from tests.emulator.kernels import rows
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ROW = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 TILE = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))
 SHARED = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-
-
-def rows(*tensors):
-    return [describe(tensor, [16, 64]) for tensor in tensors]
 
 
 # ---- numbers ----

@@ -1,86 +1,110 @@
 """Every rung compiles to sm_90a with the instructions that its idea needs; docs/hopper.md shows what came out."""
 
-import importlib.metadata
 import json
-import os
 import re
-import subprocess
-import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
-from kernels.hopper.launch import HEADDIMS, RUNGS
+from kernels.hopper.__main__ import measured, table
+from kernels.hopper.compiled import job_of, rung_jobs
+from kernels.hopper.launch import HEADDIMS, RUNGS, plan
+from kernels.inspection import inspect
+from tests.emulator import kernels
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-DOCS = (ROOT / "docs" / "hopper.md").read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def compiled():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.hopper.compile_all"]
-    child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr[-2000:]
-    return json.loads(child.stdout.splitlines()[-1])
+DOCS = (Path(__file__).resolve().parents[2] / "docs" / "hopper.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
-def kernels(compiled):
-    return compiled["kernels"]
+def rungs():
+    """{(rung, headdim, type): report}, causal in bf16 and full in fp16."""
+    jobs = {
+        (rung, headdim, dtype): job
+        for dtype, causal in ((torch.bfloat16, True), (torch.float16, False))
+        for (rung, headdim), job in rung_jobs(dtype, causal).items()
+    }
+    return dict(zip(jobs, inspect(jobs.values()), strict=True))
 
 
-def rungs(kernels):
-    return {name: report for name, report in kernels.items() if name.split()[0] in RUNGS}
+def test_every_rung_compiles_in_both_headdims_and_types(rungs):
+    assert len(rungs) == len(RUNGS) * len(HEADDIMS) * 2
+    assert not [report.failure for report in rungs.values() if report.failure]
 
 
-def test_every_rung_is_there_in_both_headdims_and_types(kernels):
-    assert len(rungs(kernels)) == len(RUNGS) * len(HEADDIMS) * 2
-
-
-def test_every_rung_multiplies_on_the_tensor_cores_and_copies_by_the_copy_engine(kernels):
-    for name, report in rungs(kernels).items():
-        headdim = int(name.split()[1])
+def test_every_rung_multiplies_on_the_tensor_cores_and_copies_by_the_copy_engine(rungs):
+    for (rung, headdim, _), report in rungs.items():
         # One instruction multiplies along 16: d/16 for the scores, 128/16 for the output.
-        assert report["instructions"]["wgmma.mma_async"] == headdim // 16 + 128 // 16, name
-        assert report["instructions"]["cp.async.bulk.tensor"] >= 4, name  # q, k, v in; o out
+        assert report.hopper["wgmma.mma_async"] == headdim // 16 + 128 // 16, rung
+        assert report.hopper["cp.async.bulk.tensor"] >= 4, rung  # q, k, v in; o out
 
 
-def test_each_rung_waits_where_its_idea_waits(kernels):
-    waits = {rung: kernels[f"{rung} 128 bfloat16 causal"]["instructions"]["mbarrier.try_wait"] for rung in RUNGS}
+def test_each_rung_waits_where_its_idea_waits(rungs):
+    waits = {rung: rungs[rung, 128, torch.bfloat16].hopper["mbarrier.try_wait"] for rung in RUNGS}
     assert waits["tma_wgmma"] == 3  # q, k, v: a wait behind each copy
     assert waits["specialized"] == 5  # q, k, v by the consumers; a free slot of k and of v by the producer
     assert waits["pipelined"] >= 3
 
 
-def test_only_the_specialised_rung_hands_registers_over(kernels):
-    for name, report in rungs(kernels).items():
-        assert (report["instructions"]["setmaxnreg"] > 0) == name.startswith("specialized"), name
+def test_the_producer_keeps_24_registers_and_the_consumers_get_240(rungs):
+    for (rung, *_), report in rungs.items():
+        assert (report.hopper["setmaxnreg"] > 0) == (rung == "specialized")
+        assert report.registers_set == ([24, 240] if rung == "specialized" else [])
 
 
-def test_the_producer_keeps_24_registers_and_the_consumers_get_240(kernels):
-    for name, report in rungs(kernels).items():
-        assert report["handed_over"] == ([24, 240] if name.startswith("specialized") else []), name
+def test_nothing_spills_and_all_fits_into_a_block(rungs):
+    for report in rungs.values():
+        assert report.spilled_bytes == 0
+        assert 0 < report.registers <= 255 and report.shared_bytes <= 227 * 1024
 
 
-def test_nothing_spills_and_all_fits_into_a_block(kernels):
-    for name, report in kernels.items():
-        assert report["spilled"] == 0, name
-        assert report["registers"] <= 255 and report["shared"] <= 227 * 1024, name
+def test_a_single_query_compiles_too():
+    """Triton makes a constant of an argument that is 1."""
+    q, k = torch.empty(1, 1, 1, 64).half(), torch.empty(1, 1, 1, 64).half()
+    launch = plan(q, k, k, q, torch.empty(1, 1, 1), causal=True)
+    jobs = [job_of(f"{module.__name__}:forward", launch.arguments, launch.num_warps) for module in RUNGS.values()]
+    assert all(job.signature["seqlen_q"] == job.signature["heads_per_kv"] == "1" for job in jobs)
+    assert not [report.failure for report in inspect(jobs) if report.failure]
 
 
-def test_the_kernels_that_are_not_attention_compile_to_what_they_are(kernels):
-    counts = {name: report["instructions"] for name, report in kernels.items()}
-    assert counts["copy"]["cp.async.bulk.tensor"] == 2 and counts["copy"]["wgmma.mma_async"] == 0
-    assert counts["double"]["cp.async.bulk.tensor"] == counts["example"]["cp.async.bulk.tensor"] == 2
-    assert counts["gemm"]["wgmma.mma_async"] == 4 and counts["gemm e4m3"]["wgmma.mma_async"] == 2  # 64/16, 64/32
-    assert counts["specialized gemm"]["setmaxnreg"] > 0
+def test_the_kernels_that_are_not_attention_compile_to_what_they_are():
+    a, b, x = torch.empty(128, 128).half(), torch.empty(64, 128).half(), torch.empty(32, 64).half()
+    e4m3 = torch.float8_e4m3fn
+    gemm_arguments = kernels.gemm(a, b, (128, 64, 64))[1]
+    jobs = {
+        "copy": job_of("tests.emulator.kernels:copy_kernel", kernels.copy(x, [32, 64])[1], 4),
+        "double": job_of("tests.emulator.kernels:double_kernel", [x, x, 32, 64, 32, 64], 4),
+        "example": job_of("kernels.emulator.example:double_kernel", [*kernels.rows(x, x), True], 4),
+        "gemm": job_of("tests.emulator.kernels:gemm_kernel", gemm_arguments, 8),
+        "e4m3": job_of("tests.emulator.kernels:gemm_kernel", kernels.gemm(a.to(e4m3), b.to(e4m3), (128, 64, 64))[1], 8),
+        "specialized": job_of("tests.emulator.kernels:specialized_gemm_kernel", gemm_arguments, 8),
+    }
+    reports = dict(zip(jobs, inspect(jobs.values()), strict=True))
+    assert not [report.failure for report in reports.values() if report.failure]
+    counts = {name: report.hopper for name, report in reports.items()}
+    for name in ("copy", "double", "example"):
+        assert counts[name]["cp.async.bulk.tensor"] == 2 and counts[name]["wgmma.mma_async"] == 0, name
+    assert counts["gemm"]["wgmma.mma_async"] == 4 and counts["e4m3"]["wgmma.mma_async"] == 2  # 64/16, 64/32
+    assert reports["specialized"].registers_set == [24, 240]
 
 
-def test_the_table_in_the_docs_is_what_compiles(compiled):
-    version = re.search(r"triton (\d+\.\d+\.\d+)", DOCS).group(1)
-    if importlib.metadata.version("triton") != version:
-        pytest.skip(f"the table is of triton {version}: registers and counts of another version were not compared")
-    assert compiled["table"] in DOCS, (
-        f"run `python -m kernels.hopper` and put this into docs/hopper.md:\n{compiled['table']}"
-    )
+def test_the_table_in_the_docs_is_what_compiles():
+    made_with = re.search(r"triton (\d+\.\d+\.\d+)", DOCS).group(1)
+    if version("triton") != made_with:
+        pytest.skip(f"the table is of triton {made_with}: the counts of {version('triton')} were not compared with it")
+    printed = table()
+    assert printed in DOCS, f"docs/hopper.md is stale; python -m kernels.hopper prints:\n{printed}"
+
+
+def test_the_table_takes_speeds_from_the_stored_results(tmp_path):
+    assert measured("pipelined", 64, tmp_path) == "not measured yet"
+    rows = [
+        {"headdim": headdim, "causal": causal, "seqlen": seqlen, "pipelined TFLOP/s": seqlen / 100}
+        for headdim in HEADDIMS
+        for causal in (False, True)
+        for seqlen in (512, 16384)
+    ]
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "gpu" / "hopper.json").write_text(json.dumps({"machine": {"device": "NVIDIA H200"}, "rows": rows}))
+    assert measured("pipelined", 64, tmp_path) == "164 (NVIDIA H200)"

@@ -29,6 +29,7 @@ PV = "acc = warpgroup_mma(gl.convert_layout(p.to(dtype), p_layout), v_tile, acc)
 PV_ASYNC = PV.replace("v_tile, acc)", "v_tile, acc, is_async=True)")
 ARRIVE_K = "mbarrier.arrive(k_free.index(slot))\n"
 ARRIVE_V = "mbarrier.arrive(v_free.index(slot))\n"
+UNINITIALISED = "gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())"
 MASK = "        scores = mask_scores"
 EXPECT = "mbarrier.expect(ready.index(slot), desc.block_type.nbytes)"
 WAIT = "warpgroup_mma_wait"
@@ -159,7 +160,7 @@ FAULTS = [
     Fault(
         "a barrier that was never initialised",
         "tma_wgmma",
-        (("q_ready = allocate_barriers(1, 1)", "q_ready = mbarrier.allocate_mbarrier(1)"),),
+        (("q_ready = allocate_barriers(1, 1)", f"q_ready = {UNINITIALISED}"),),
         BadBarrier,
         ("q_ready is not initialised", "mbarrier.expect(barrier"),
     ),
