@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,12 +12,18 @@ from typing import NamedTuple
 
 import torch
 
+WIDTH = 96  # characters beside JupyterLab's file browser
+
 
 class NotYet(AssertionError):
     """An answer that is not right yet. Jupyter shows the words alone, without a traceback."""
 
     def _render_traceback_(self) -> list[str]:
         return str(self).splitlines()
+
+
+class NotBegun(NotYet):
+    """There is no answer yet, so that one line says all."""
 
 
 class Case(NamedTuple):
@@ -77,6 +84,7 @@ def run(task: Task, function: Callable, cases: Iterable[Case]) -> Report:
 
     Raises:
         NotYet: one line a case, with what is wrong under it.
+        NotBegun: from the first case.
     """
     lines: list[str] = []
     right = wrong = 0
@@ -85,10 +93,13 @@ def run(task: Task, function: Callable, cases: Iterable[Case]) -> Report:
             case.judge(function, _generator(case.title))
             right += 1
             lines.append(f"  ✓ {case.title}")
+        except NotBegun as complaint:
+            raise NotBegun(f"{task.name}: {complaint}") from None
         except NotYet as complaint:
             wrong += 1
             lines.append(f"  ✗ {case.title}")
-            lines += [f"      {line}" for line in str(complaint).splitlines()]
+            for line in str(complaint).splitlines():  # Jupyter would break a long one in the middle of a word
+                lines += textwrap.wrap(line, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     if wrong:
         raise NotYet("\n".join([f"{task.name}: not yet, {wrong} of {right + wrong} cases wrong", *lines]))
     return Report("\n".join([f"{task.name}: right", *lines]))

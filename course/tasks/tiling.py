@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from course.tasks.judge import Mistake, call, compare, compare_results, extra_memory_below
+from course.tasks.judge import COARSE, ELSEWHERE, Mistake, call, compare, compare_results, extra_memory_below
 from course.tasks.task import Case, NotYet, Task
 from minillm.attention import flash_attention
 from minillm.attention.masks import Visibility, tiles
@@ -44,7 +44,7 @@ def traffic_case(n: int = 333, block_q: int = 16, block_k: int = 4, *, d: int = 
         q, k, v = _inputs(n, d, generator)
         traffic = Traffic(_room(block_q, block_k, d))
         out = _forward(function, q, k, v, block_q, block_k, traffic)
-        compare_results(out, (q, k, v), _exact, results=ROWS)
+        compare_results(out, (q, k, v), _exact, results=ROWS, asks=ELSEWHERE, times=COARSE)
         _judge_traffic(traffic, n, d, block_q, block_k)
 
     return Case(f"{n} queries and keys, tiles of {block_q} × {block_k}: traffic", judge)
@@ -270,7 +270,7 @@ def grad_memory_case(n: int = 8192, block: int = 256, d: int = 16) -> Case:
         q, k, v, out, lse, grad_out = saved
         rows = (q[some], k, v, out[some], lse[some], grad_out[some], block, block)
         result = result[some] if isinstance(result, Tensor) and len(result) == n else result
-        compare_results(result, rows, _exact_grad, results=GRAD, factor=3)
+        compare_results(result, rows, _exact_grad, results=GRAD, asks=ELSEWHERE, factor=3, times=COARSE)
 
     return Case(f"{n} queries and keys, tiles of {block} × {block}: memory", judge)
 

@@ -171,7 +171,7 @@ WRONG = [
     Wrong("masked after the softmax", masked_after_softmax, "mask after the softmax"),
     Wrong("tail padded, not masked", padded, "padded and not masked"),
     Wrong("naive", naive, "a score matrix, or all keys, would not fit"),
-    Wrong("only the queries tiled", a_row_of_keys, "or all keys, would not fit"),
+    Wrong("only the queries tiled", a_row_of_keys, "or all keys, would not fit", kept=True),
     Wrong("half rows", in_columns, "load whole rows"),
     Wrong("naive, from copies of tiles", naive_from_copies, "of q and k moved", kept=True),
     Wrong("all values kept", values_kept, "of v and out moved", kept=True),

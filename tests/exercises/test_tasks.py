@@ -4,11 +4,13 @@ import importlib
 import json
 import re
 
+import nbformat
 import pytest
 import torch
 from rich.console import Console
 
 import course
+from course.run_tests import ROOT
 from course.tasks import TASKS, NotYet, check, fresh_inputs
 from course.tasks.task import Case, run
 from tests.exercises.answers import answer_cell, right_answers, solution, graded_cells
@@ -69,6 +71,16 @@ def test_points_of_a_unit_add_up(unit):
 
 
 @EVERY
+def test_the_lesson_ends_with_its_exercise(task):
+    lesson = nbformat.read(ROOT / "notebooks" / f"{task.unit}.ipynb", as_version=4)
+    (closing,) = [cell.source for cell in lesson.cells if "**Your turn:**" in cell.source]
+    assert f"(../exercises/{task.unit}/{task.unit}.ipynb)" in closing
+    stars = "●" * task.difficulty + "○" * (5 - task.difficulty)
+    assert f"| `{task.name}` | {task.minutes} | {stars} |" in closing
+    assert f"{sum(int(minutes) for minutes in re.findall(r'[|] ([0-9]+) [|]', closing))} minutes" in closing
+
+
+@EVERY
 def test_a_task_says_what_is_graded_and_has_three_folded_hints(task):
     prose = [cell.source for cell in solution(task.unit).cells if cell.cell_type == "markdown"]
     start = next(i for i, text in enumerate(prose) if text.startswith(f"## `{task.name}("))
@@ -104,8 +116,9 @@ def test_a_task_that_is_not_begun_says_so():
     def merge(*_):
         raise NotImplementedError()
 
-    with pytest.raises(NotYet, match="nothing is here yet: write it in place of `raise NotImplementedError"):
+    with pytest.raises(NotYet) as complaint:
         check(merge)
+    assert str(complaint.value) == "merge: nothing is here yet: write it in place of `raise NotImplementedError()`"
 
 
 def test_an_error_in_the_answer_is_shown_with_its_line():
@@ -126,6 +139,15 @@ def test_each_wrong_case_stands_with_its_reason_and_the_right_ones_are_marked():
     assert lines[0] == "merge: not yet, 2 of 4 cases wrong"
     assert "  ✓ the left part is empty" in lines
     assert lines[lines.index("  ✗ both parts are empty") + 1].startswith("      out is NaN at batch 0, query 0, head 0")
+
+
+def test_a_complaint_is_no_wider_than_a_cell():
+    def judge(*_):
+        raise NotYet("word " * 60)
+
+    with pytest.raises(NotYet) as complaint:
+        run(TASKS["merge"], print, [Case("one", judge)])
+    assert max(map(len, str(complaint.value).splitlines())) <= 96 and "word word" in str(complaint.value)
 
 
 def test_jupyter_shows_a_complaint_without_a_traceback():
