@@ -58,7 +58,7 @@ def padded(headdim: int) -> int:
 # The interpreter runs programs one after another: few large tiles are fast. It does not know warps and stages.
 INTERPRETER = Config(128, 64, 4, 1)
 # fp32 without TF32 has no tensor cores, and its products are unrolled into single instructions: small tiles.
-FULL_PRECISION = Config(32, 32, 4, 1)
+FULL_PRECISION = [Config(32, 32, 4, 1), Config(16, 16, 4, 1)]
 
 
 def candidates(kernel: str, headdim: int, dtype: torch.dtype, target: str) -> list[Config]:
@@ -70,9 +70,8 @@ def candidates(kernel: str, headdim: int, dtype: torch.dtype, target: str) -> li
         dtype: fp16, bf16 or fp32.
         target: one of `kernels.targets`.
     """
-    if dtype == torch.float32:
-        return [FULL_PRECISION]
-    configs = CONFIGS[TARGETS[target].instruction][kernel][max(64, padded(headdim))]
+    table = CONFIGS[TARGETS[target].instruction]
+    configs = FULL_PRECISION if dtype == torch.float32 else table[kernel][max(64, padded(headdim))]
     limit = TARGETS[target].shared_kib * 1024
     return [config for config in configs if config.shared_bytes(kernel, headdim, dtype.itemsize) <= limit]
 

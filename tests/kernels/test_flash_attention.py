@@ -127,10 +127,8 @@ def test_strides_are_read_and_not_assumed():
 
 
 @triton.jit
-def bounds_kernel(
-    out, first, stop, before, after, length, BLOCK: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr
-):
-    bounds = flash.tiles_seen(first, stop, before, after, length, BLOCK, BEFORE, AFTER)
+def bounds_kernel(out, first, stop, left, right, length, BLOCK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    bounds = flash.tiles_seen(first, stop, left, right, length, BLOCK, LEFT, RIGHT)
     tl.store(out, bounds[0])
     tl.store(out + 1, bounds[1])
     tl.store(out + 2, bounds[2])
