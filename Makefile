@@ -8,7 +8,6 @@ VENV := .venv/bin/python
 
 # For `make lab`, as in LAB_ARGS="--no-browser --port 8899"; for train and evaluate, as in ARGS="--steps 500".
 LAB_ARGS ?=
-OUT ?=
 ARGS ?=
 OUT ?=
 

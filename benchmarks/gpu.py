@@ -53,7 +53,8 @@ def main() -> None:
     outcomes = [Outcome(name) for name in arguments.suite or suites.names()]
     for outcome in outcomes:
         step(outcome, "check", lambda o: check(o, machine))
-    for outcome in outcomes:
+    for number, outcome in enumerate(outcomes):
+        machine.share_time(len(outcomes) - number)
         if not outcome.failure:  # a kernel that is wrong has no speed
             step(outcome, "measure", lambda o: measure(o, machine))
         write(outcome, about, arguments.out or default_folder(about))

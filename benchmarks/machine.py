@@ -45,6 +45,7 @@ class Machine:
     seconds: float = 480.0
     whole_grid: bool = False
     started: float = field(default_factory=time.monotonic)
+    deadline: float = float("inf")  # of the suite that runs
 
     @property
     def device(self) -> str:
@@ -52,7 +53,12 @@ class Machine:
 
     def out_of_time(self) -> bool:
         """Whether a suite should stop before its next case."""
-        return time.monotonic() - self.started > self.seconds
+        return time.monotonic() > min(self.deadline, self.started + self.seconds)
+
+    def share_time(self, suites: int) -> None:
+        """Gives the next one of these suites its part of the time that is left."""
+        left = self.started + self.seconds - time.monotonic()
+        self.deadline = time.monotonic() + left / suites
 
     def describe(self) -> dict[str, str]:
         """Device, driver, versions and date, as they go into every result."""

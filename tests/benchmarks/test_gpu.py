@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,7 +90,13 @@ def test_functions_are_timed_in_turns():
 
 def test_the_time_that_suites_may_take_runs_out():
     assert not Machine(dry_run=True, seconds=60).out_of_time()
-    assert Machine(dry_run=True, seconds=0).out_of_time()
+    assert Machine(dry_run=True, seconds=-1).out_of_time()
+
+
+def test_no_suite_takes_the_time_of_the_next_one():
+    machine = Machine(dry_run=True, seconds=60)
+    machine.share_time(suites=3)
+    assert 15 < machine.deadline - time.monotonic() <= 20
 
 
 def test_gpu_cells_run_in_order_in_one_namespace(tmp_path):
