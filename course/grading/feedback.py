@@ -41,7 +41,7 @@ def annotated(unit: Unit, result: Result) -> NotebookNode:
                 answer = _code(own.pop(number))
                 cell.source, cell.outputs = answer.source, answer.outputs
         elif is_text(released):
-            cell.source = _without_html(result.answers.get(grade_id(released))) or released.source
+            cell.source = _harmless(result.answers.get(grade_id(released))) or released.source
         if is_test(released) or is_text(released):
             _score(cell, verdicts.get(grade_id(released)))
         if comment := result.comments.get(grade_id(released)):
@@ -101,10 +101,11 @@ def _code(own: dict[str, Any]) -> NotebookNode:
     return cell
 
 
-def _without_html(markdown: str | None) -> str:
+def _harmless(markdown: str | None) -> str:
+    """Markdown without HTML that runs, and without links, which nbconvert makes of `[x](javascript:…)` too."""
     from nbconvert.preprocessors.sanitize import SanitizeHTML
 
-    return SanitizeHTML().sanitize_html_tags(plain(markdown, WHOLE))
+    return re.sub(r"\](?=[(:])", "] ", SanitizeHTML().sanitize_html_tags(plain(markdown, WHOLE)))
 
 
 def _printed(text: str) -> NotebookNode:

@@ -25,6 +25,7 @@ from course.grading.grade import Result, Verdict
 from course.grading.unit import Unit, grade_id, is_answer, is_test, is_text, points
 
 FOLDER, DATABASE, HAND = "nbgrader", "gradebook.db", "hand.json"
+BEFORE = "gradebook.before.db"  # the last one, in case that something in it is missed
 
 CONFIG = """# Made by `make grade`, and made anew by the next one. Start `jupyter lab` in this folder and open
 # nbgrader's formgrader, or run `nbgrader export --to scores.csv` here.
@@ -36,7 +37,7 @@ Hand = dict[str, dict[str, dict[str, Any]]]  # by slug and unit, by grade id: "o
 
 
 def take_hand_grades(folder: Path, results: list[Result]) -> Hand:
-    """Moves what people wrote in the gradebook to `hand.json`, and takes the gradebook away.
+    """Moves what people wrote in the gradebook to `hand.json`, and puts the gradebook aside.
 
     Args:
         folder: of all grades.
@@ -52,7 +53,7 @@ def take_hand_grades(folder: Path, results: list[Result]) -> Hand:
                 if place in by_place:
                     hand[place] = hand.get(place, {}) | dict(_written(submission, by_place[place]))
         write_json(folder / HAND, hand)
-        database.unlink()
+        database.replace(folder / BEFORE)
     return hand
 
 

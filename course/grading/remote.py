@@ -76,7 +76,6 @@ class Student:
     cells: list[tuple[int, str]]
     wanted: list[str]
     patience: Patience = field(default_factory=Patience)
-    limits: Limits = field(default_factory=Limits)
     unsafe: bool = False
 
     def __post_init__(self) -> None:
@@ -114,7 +113,7 @@ class Student:
             raise AnswerLost(self._lost)
         if self._sandbox:
             return
-        self._sandbox = Sandbox(self.limits, self.unsafe)
+        self._sandbox = Sandbox(Limits(cpu_seconds=int(2 * self.patience.unit) + 1), self.unsafe)
         self._channel = Channel(self._sandbox.connection)
         try:
             self._channel.receive(START_SECONDS)

@@ -60,6 +60,8 @@ def state(units: list[Unit], own: list[Result]) -> str:
         return "not graded"
     if len(own) < len(units):
         return "not all units graded"
+    if any(result.state == "missing" and len(result.remarks) > 1 for result in own):
+        return "see remarks"  # something was handed in, and it could not be read
     return "answers to be read" if any(result.waiting for result in own) else "graded"
 
 

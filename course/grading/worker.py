@@ -88,7 +88,8 @@ class Notebook:
             if outcomes[cell["number"]]["error"]:
                 outcomes[cell["number"]] = self._run_one(cell, wanted)
         for name in wanted:
-            self.candidates[name] = self.candidates.get(name, [])[-CANDIDATES:]
+            last = dict(self.candidates.get(name, []))  # of a cell that was run twice, the second time
+            self.candidates[name] = list(last.items())[-CANDIDATES:]
         names = {name: [number for number, _ in self.candidates[name]] for name in wanted}
         return {"outcomes": list(outcomes.values()), "candidates": names}
 
