@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from course.grading.remote import AnswerError, AnswerLost, Patience, Student, plain
+from course.grading.remote import AnswerError, AnswerLost, Patience, StudentProcess, plain
 from course.grading.submission import Cell, Submission, text_answer, to_run
 from course.grading.unit import Test, Unit
 from course.tasks.task import fresh_inputs
@@ -121,7 +121,7 @@ def grade(
     own = to_run(submission.file, unit)
     cells = [(-1 - number, source) for number, source in enumerate(unit.setup(unit.release))]
     cells += [(cell.number, cell.source) for cell in own]
-    with Student(cells, unit.functions, patience or Patience(), unsafe=unsafe) as student:
+    with StudentProcess(cells, unit.functions, patience or Patience(), unsafe=unsafe) as student:
         try:
             with fresh_inputs(result.seed):
                 result.verdicts = list(_judge(unit, student)) if own else _not_answered(unit)
@@ -143,7 +143,7 @@ def _not_answered(unit: Unit) -> list[Verdict]:
     return [Verdict(test.grade_id, 0, test.points, "not answered") for test in unit.tests]
 
 
-def _judge(unit: Unit, student: Student) -> Iterator[Verdict]:
+def _judge(unit: Unit, student: StudentProcess) -> Iterator[Verdict]:
     """A verdict for each test cell. Tests of the same functions go together: one and the same answer gets them all."""
     groups: dict[tuple[str, ...], list[Test]] = {}
     for test in unit.tests:
@@ -164,7 +164,7 @@ def _judge(unit: Unit, student: Student) -> Iterator[Verdict]:
         yield from _best(attempts)
 
 
-def _choices(student: Student, functions: tuple[str, ...]) -> Iterator[dict[str, int]]:
+def _choices(student: StudentProcess, functions: tuple[str, ...]) -> Iterator[dict[str, int]]:
     """Which definitions to take: the last ones first, for a notebook may hold several of a function."""
     found = {name: student.candidates[name][::-1] for name in functions}
     for back in range(max(map(len, found.values()), default=1)):
@@ -181,15 +181,19 @@ def _best(attempts: Iterator[list[Verdict]]) -> list[Verdict]:
     return best
 
 
-def _verdict(unit: Unit, test: Test, student: Student, chosen: dict[str, int]) -> Verdict:
+def _verdict(unit: Unit, test: Test, student: StudentProcess, chosen: dict[str, int]) -> Verdict:
     words = _complaint(unit, test, student, chosen)
     cell = next(iter(chosen.values()), None)
     student.revive()
     return Verdict(test.grade_id, 0 if words else test.points, test.points, words or "right", cell)
 
 
-def _complaint(unit: Unit, test: Test, student: Student, chosen: dict[str, int]) -> str:
+def _complaint(unit: Unit, test: Test, student: StudentProcess, chosen: dict[str, int]) -> str:
     """Runs a test cell on a student's functions; what is wrong, or "" where nothing is."""
+    try:
+        student.run()  # after a loss, anew; here, where a fault of the sandbox is not taken for one of the answer
+    except AnswerLost as lost:
+        return str(lost)
     namespace: dict[str, Any] = {"__name__": "__main__"}
     with redirect_stdout(io.StringIO()):
         _run(unit.setup(unit.solution), namespace)
@@ -213,7 +217,7 @@ def _run(sources: list[str], namespace: dict[str, Any]) -> None:
             raise TestIsBroken(f"a setup cell of the solution raises {type(error).__name__}: {error}") from None
 
 
-def _with_outcomes(cells: list[Cell], student: Student) -> list[dict[str, Any]]:
+def _with_outcomes(cells: list[Cell], student: StudentProcess) -> list[dict[str, Any]]:
     outcomes = {outcome.number: outcome for outcome in student.outcomes}
     found = []
     for cell in cells:

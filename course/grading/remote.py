@@ -64,7 +64,7 @@ class Outcome:
 
 
 @dataclass
-class Student:
+class StudentProcess:
     """A student's notebook, running in a sandbox; started when it is first needed, and again when it was lost.
 
     Args:
@@ -86,7 +86,7 @@ class Student:
         self._lost: str | None = None
         self._never = False  # the cells themselves cannot be run to their end
 
-    def __enter__(self) -> Student:
+    def __enter__(self) -> StudentProcess:
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -197,12 +197,11 @@ class Student:
         except ProtocolError as error:
             self._lose(f"{what} sent the grader something that is no message ({plain(str(error), 200)})")
         except OSError:
-            ended = self._sandbox.ended if self._sandbox else None
-            self._lose(f"{what} ended the process" + (f": {ended}" if ended else ""))
+            self._lose(f"{what} ended the process")
 
     def _lose(self, reason: str) -> NoReturn:
-        if self._sandbox and self._sandbox.ended and self._sandbox.ended not in reason:
-            reason += f" ({self._sandbox.ended})"
+        if self._sandbox and self._sandbox.ended:
+            reason += f": {self._sandbox.ended}"
         self._lost = reason
         self.close()
         raise AnswerLost(reason)
@@ -235,7 +234,7 @@ class RemoteFunction:
         AnswerError: the student's function gave no result.
     """
 
-    def __init__(self, student: Student, name: str, candidate: int | None):
+    def __init__(self, student: StudentProcess, name: str, candidate: int | None):
         self.__name__ = self.__qualname__ = name
         self._student, self._candidate = student, candidate
 

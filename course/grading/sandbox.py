@@ -67,6 +67,7 @@ class Sandbox:
         self.limits, self.unsafe = limits or Limits(), unsafe
         self.ended: str | None = None
         self.worker = 0  # its process id
+        self._most = 0  # resident bytes of it that the watchdog has seen
         self.connection, theirs = socket.socketpair()
         self._folder = tempfile.TemporaryDirectory(prefix="grading-") if unsafe else None
         self._lock: socket.socket | None = None
@@ -139,8 +140,6 @@ class Sandbox:
         self.ended = self.ended or reason
         for process in reversed(self.processes()):
             _signal(process, signal.SIGKILL)
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
 
     def close(self) -> None:
         self.end()
@@ -157,13 +156,18 @@ class Sandbox:
 
     def reset_peak(self) -> None:
         """Starts the peak of the worker's resident memory anew."""
+        self._most = 0
         with suppress(OSError):
             Path(f"/proc/{self.worker}/clear_refs").write_text("5")
 
     def memory(self) -> tuple[int, int]:
-        """Bytes of the worker that are resident now, and at most since `reset_peak`; 0 where it is gone."""
+        """Bytes of the worker that are resident now, and at most since `reset_peak`; 0 where it is gone.
+
+        The kernel's peak is exact, and begins anew when a process puts another program in its own place. That, the
+        watchdog sees.
+        """
         sizes = _kibibytes(f"/proc/{self.worker}/status", "VmRSS", "VmHWM")
-        return sizes["VmRSS"], sizes["VmHWM"]
+        return sizes["VmRSS"], max(sizes["VmHWM"], self._most)
 
     def _drain(self) -> None:
         """Reads what the sandbox prints, so that it never waits for a reader, and throws it away."""
@@ -179,6 +183,7 @@ class Sandbox:
     def _watch(self) -> None:
         while self._process.poll() is None:
             processes = self.processes()
+            self._most = max(self._most, _resident(self.worker))
             # Pages that processes share stand in the first sum once for each; the second is right, and slow.
             if sum(map(_resident, processes)) > self.limits.memory < sum(map(_own_part, processes)):
                 return self.end(f"it used more than {self.limits.memory // MEBIBYTE} MiB of memory")
@@ -237,7 +242,8 @@ def find_bubblewrap() -> str:
     found = shutil.which("bwrap")
     if found is None:
         raise SandboxError(INSTALL)
-    trial = subprocess.run(bubblewrap(["/bin/true"], user=None, seccomp=None), capture_output=True, text=True)
+    command = bubblewrap([*_prlimit(Limits()), "/bin/true"], None if os.getuid() else FIRST_USER, seccomp=None)
+    trial = subprocess.run(command, capture_output=True, text=True)
     if trial.returncode:
         raise SandboxError(
             f"bubblewrap is installed and cannot make a sandbox here: {trial.stderr.strip()[:300]}\n"
@@ -274,8 +280,8 @@ def bubblewrap(command: list[str], user: int | None, seccomp: int | None) -> lis
         line += ["--ro-bind", str(HERE / name), f"/grader/{name}"]
     for name, text in _environment("/tmp").items():
         line += ["--setenv", name, text]
-    # Both are memory without a limit for whoever may write there.
-    line += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp"]
+    # In the first two is memory without a limit, in the third the switch that resets the measured peak.
+    line += [*("--remount-ro", "/dev"), *("--remount-ro", "/"), *("--remount-ro", "/proc"), "--chdir", "/tmp"]
     if seccomp is not None:
         line += ["--seccomp", str(seccomp)]
     if user is not None:

@@ -434,4 +434,41 @@ ON_TILING = {
         """,
         says="BlockingIOError",
     ),
+    "peak-reset": Attack(
+        "resets the measured peak before it returns",
+        answer="""
+            def grad_q(q, k, v, out, lse, grad_out, block_q, block_k):
+                scores = (q @ k.T * q.shape[1] ** -0.5 - lse[:, None]).exp().tril()
+                result = scores * (grad_out @ v.T - (grad_out * out).sum(-1, keepdim=True)) @ k * q.shape[1] ** -0.5
+                del scores
+                try: open('/proc/self/clear_refs', 'w').write('5')
+                except OSError: pass
+                return result
+        """,
+        earned=3,
+        says="probabilities of the whole sequence",
+    ),
+    "another-program": Attack(
+        "puts another program in its place, which sends the result and has used little memory itself",
+        answer="""
+            import os, pickle, sys
+            SENDER = "import os, sys; data = os.read(int(sys.argv[2]), 1 << 20); os.write(int(sys.argv[1]), data)"
+            def grad_q(q, k, v, out, lse, grad_out, block_q, block_k):
+                import fcntl, protocol, struct, json
+                scores = (q @ k.T * q.shape[1] ** -0.5 - lse[:, None]).exp().tril()
+                result = scores * (grad_out @ v.T - (grad_out * out).sum(-1, keepdim=True)) @ k * q.shape[1] ** -0.5
+                if len(q) < 1000:
+                    return result
+                tree, (blob,) = protocol.encode(result)
+                header = json.dumps({'returned': tree}).encode()
+                here, there = os.pipe()
+                fcntl.fcntl(there, 1031, 1 << 20)  # F_SETPIPE_SZ
+                os.write(there, struct.pack('>IQ', len(header), len(blob)) + header + bytes(blob))
+                os.set_inheritable(here, True)
+                os.set_inheritable(int(sys.argv[1]), True)
+                os.execv(sys.executable, [sys.executable, '-Ic', SENDER, sys.argv[1], str(here)])
+        """,
+        earned=3,
+        says="probabilities of the whole sequence",
+    ),
 }

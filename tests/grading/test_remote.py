@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from course.grading.remote import AnswerLost, AnswerRaised, NotAnswered, Patience, RemoteFunction, Student
+from course.grading.remote import AnswerLost, AnswerRaised, NotAnswered, Patience, RemoteFunction, StudentProcess
 from minillm.measure.traffic import Traffic
 from tests.grading.notebooks import needs_bubblewrap
 
@@ -41,14 +41,14 @@ NAMES = ["double_tiles", "add", "allocate", "beyond", "divide", "leave", "hang",
 
 
 @pytest.fixture(scope="module")
-def student() -> Iterator[Student]:
-    with Student(list(enumerate(CELLS)), [*NAMES, "absent", "thousands"], Patience(5)) as student:
+def student() -> Iterator[StudentProcess]:
+    with StudentProcess(list(enumerate(CELLS)), [*NAMES, "absent", "thousands"], Patience(5)) as student:
         student.run()
         yield student
         assert not student._lost
 
 
-def function(student: Student, name: str) -> RemoteFunction:
+def function(student: StudentProcess, name: str) -> RemoteFunction:
     return student.function(name, next(iter(student.candidates[name]), None))
 
 
