@@ -39,7 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return REFUSED
     start = time.monotonic()
-    jobs = [job for student in students for job in batch.jobs_of(student, every)]
+    manner = batch.Manner(options.seed, Patience(options.seconds), options.unsafe_no_sandbox)
+    jobs = [job for student in students for job in batch.jobs_of(student, every, manner)]
     hand = take_hand_grades(options.grades, list(batch.read_all(options.grades)))
     results = batch.stored(options.grades, jobs)
     if options.again or options.seed is not None:
@@ -47,24 +48,23 @@ def main(arguments: list[str] | None = None) -> int:
     batch.forget_the_rest(options.grades, results)
     todo = batch.missing([job for job in jobs if job.unit.name in wanted], results)
     print(f"{len(students)} students, {len(wanted)} units: {len(todo)} to grade, {len(results)} graded before")
+    order = {(job.slug, job.unit.name): place for place, job in enumerate(jobs)}
     try:
-        results += show(todo, options)
+        results += show(todo, options, manner)
+        results.sort(key=lambda result: order[result.slug, result.unit])
+        report.write(options.grades, every, results, hand)
     except KeyboardInterrupt:
         print("Stopped. The same command goes on from here; there is no grades.csv until it is through.")
         return STOPPED
-    order = {(job.slug, job.unit.name): place for place, job in enumerate(jobs)}
-    results.sort(key=lambda result: order[result.slug, result.unit])
-    report.write(options.grades, every, results, hand)
     shown = [result for result in results if result.unit in wanted]
     print("\n".join(report.summary(options.grades, shown, time.monotonic() - start)))
     return SOME_NOT if any(result.state == "failed" for result in results) else DONE
 
 
-def show(jobs: list[batch.Job], options: argparse.Namespace) -> list[Result]:
+def show(jobs: list[batch.Job], options: argparse.Namespace, manner: batch.Manner) -> list[Result]:
     """Grades, with a progress bar, and a line for each student who is through."""
     waiting = Counter(job.slug for job in jobs)
     done: dict[str, list[Result]] = {}
-    manner = batch.Manner(options.seed, Patience(options.seconds), options.unsafe_no_sandbox)
     with tqdm(total=len(jobs), unit="notebook", disable=None) as bar:
         for result in batch.run(jobs, options.grades, options.jobs, manner):
             own = done.setdefault(result.slug, [])

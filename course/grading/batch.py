@@ -48,11 +48,12 @@ class Manner:
     unsafe: bool = False
 
 
-def jobs_of(student: Student, units: list[Unit]) -> Iterator[Job]:
+def jobs_of(student: Student, units: list[Unit], manner: Manner) -> Iterator[Job]:
+    """A job for each unit; its key changes with everything that a verdict depends on, but for the random inputs."""
     chosen = choose(student, units)
     for unit in units:
         submission = chosen[unit.name]
-        parts = [student.name, submission.key, unit.hash, grader_hash()]
+        parts = [student.name, submission.key, unit.hash, grader_hash(), repr((manner.patience, manner.unsafe))]
         key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
         yield Job(student.name, student.slug, unit, submission, key)
 
