@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from IPython.core.interactiveshell import InteractiveShell
 
 from kernels import emulator
 from kernels.emulator import MissingFence
@@ -49,3 +50,9 @@ def test_every_report_and_every_file_is_in_the_docs():
         "__main__.py",
         "example.py",
     }
+
+
+def test_a_notebook_cell_will_do():
+    cell = InteractiveShell.instance().run_cell(CODE, silent=True)
+    assert isinstance(cell.error_in_exec, MissingFence)
+    assert "tile.store(tile.load(" in str(cell.error_in_exec)
