@@ -225,3 +225,7 @@ def test_a_fault_does_not_hide_in_another_order(fault, tmp_path, monkeypatch):
         monkeypatch.setattr(launch, "Program", lambda *args, seed=seed: Program(*args[:3], f"order {seed}"))
         with pytest.raises(Report):
             run(fault, tmp_path, monkeypatch, block_m=64, block_n=64)
+
+
+def test_there_are_as_many_faults_as_the_docs_say():
+    assert len(FAULTS) == 18
