@@ -38,3 +38,20 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos[..., None, :].to(x.dtype), sin[..., None, :].to(x.dtype)  # one angle for all heads
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def shift_rope(x: Tensor, offset: int | Tensor, theta: float = 10_000.0) -> Tensor:
+    """Moves what is rotated already: keys of positions p become keys of positions p + offset.
+
+    Two rotations of one plane add their angles, so no key has to be computed again.
+
+    Args:
+        x: (batch, seqlen, nheads, headdim), after `apply_rope`.
+        offset: positions to move by, may be negative; one number, or (batch, seqlen) integers.
+        theta: as in `rotary_tables`.
+
+    Returns:
+        Like x, same dtype.
+    """
+    positions = torch.as_tensor(offset, device=x.device).expand(x.shape[:2])
+    return apply_rope(x, *rotary_tables(positions, x.shape[-1], theta))

@@ -1,0 +1,193 @@
+"""Decoding at the machine's limit: one token a row and step, with everything taken away that is not the weights.
+
+On a CPU a step of a small model is a walk over all its weights, and every other operator costs as much as several
+thousand of them. So this is the model once more, unrolled: q, k and v from one matrix, gate and up from one, the
+norms' weights multiplied into the matrix behind them, results written into buffers that are made once.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillm.cache.contiguous import KVCache, all_equal
+from minillm.model import Block, MiniLLM
+from minillm.rope import rotary_tables
+
+Weights = Literal["same", "int8"]
+Matrix = Tensor | tuple[Tensor, Tensor]  # (in, out); or int8 (out, in) with a scale for each output
+
+
+class PackedLayer(NamedTuple):
+    """A block's four matrices, as a step walks over them."""
+
+    qkv: Matrix
+    o: Matrix
+    gate_up: Matrix
+    down: Matrix
+
+
+class Decoder:
+    """Next-token logits, one token a row at a time, equal to those of `model(input_ids, kv_cache=…)`.
+
+    Args:
+        model: its weights are copied, packed for the step; later changes of the model do not arrive here.
+        batch_size: rows of the steps and of their cache.
+        weights: "same" keeps the model's dtype; "int8" stores each matrix in 8 bits with a scale for each output
+            (weight-only quantisation, 仅权重量化) and multiplies in bf16: a quarter of the bytes, less exact.
+
+    Raises:
+        ValueError: where `weights` is unknown.
+    """
+
+    def __init__(self, model: MiniLLM, batch_size: int = 1, weights: Weights = "same"):
+        if weights not in ("same", "int8"):
+            raise ValueError(f"weights is {weights!r}, wants 'same' or 'int8'")
+        self.config, self.batch_size = model.config, batch_size
+        self._pack(model, quantise if weights == "int8" else lambda weight: weight.t())
+        self._make_buffers(batch_size)
+
+    @torch.inference_mode()
+    def step(self, token_ids: Tensor, kv_cache: KVCache) -> Tensor:
+        """Takes in one token a row and writes its keys and values into the cache.
+
+        Args:
+            token_ids: (batch,) int64.
+            kv_cache: what came before, with as many rows; of the model's dtype and device.
+
+        Returns:
+            logits: (batch, vocab_size). The next step overwrites them.
+
+        Raises:
+            ValueError: where a row would pass the model's limit; the cache is then as it was.
+        """
+        lengths = kv_cache.lengths
+        kv_cache.reserve(max(lengths) + 1)
+        slots = CacheSlots(kv_cache, lengths)
+        turn, sin = self._turn[slots.positions], self._sin[slots.positions]
+        x, qkv, turned, gate, up = self._x, self._qkv, self._turned, self._gate, self._up
+        torch.index_select(self._embedding, 0, token_ids, out=x)
+        for layer, weights in enumerate(self._layers):
+            self._normed(weights.qkv, out=qkv)
+            torch.mul(self._heads, turn, out=turned)  # q, k by the cosine, v by 1
+            self._turned_first.addcmul_(self._second, sin, value=-1)
+            self._turned_second.addcmul_(self._first, sin)
+            slots.write(layer, self._new_kv)
+            out = F.scaled_dot_product_attention(self._q, slots.keys[layer], slots.values[layer], slots.mask)
+            add_product(x, out.reshape(self.batch_size, -1), weights.o)
+            self._normed(weights.gate_up, out=self._gate_up)
+            add_product(x, F.silu(gate, inplace=True).mul_(up), weights.down)
+        kv_cache.advance()
+        return self._normed(self._head, out=self._logits)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrices that a step reads."""
+        matrices = [matrix for layer in (*self._layers, (self._head,)) for matrix in layer]
+        parts = [part for matrix in matrices for part in (matrix if isinstance(matrix, tuple) else (matrix,))]
+        return sum(part.nbytes for part in parts)
+
+    def _normed(self, weight: Matrix, out: Tensor) -> Tensor:
+        """RMSNorm(x) @ weight. The norm divides a row by one number, and a product can be divided afterwards."""
+        if self.batch_size == 1 and isinstance(weight, Tensor):  # BLAS takes such a number along for nothing
+            mean_square = torch.dot(self._x[0], self._x[0]).item() / self.config.hidden_size
+            alpha = (mean_square + self.config.rms_norm_eps) ** -0.5
+            return torch.addmm(out, self._x, weight, beta=0, alpha=alpha, out=out)
+        factor = (self._x.square().mean(-1, keepdim=True) + self.config.rms_norm_eps).rsqrt_()
+        return product(self._x, weight, out).mul_(factor)
+
+    @torch.no_grad()
+    def _pack(self, model: MiniLLM, pack) -> None:
+        def join(norm: nn.RMSNorm, *linears: nn.Linear) -> Matrix:
+            return pack(torch.cat([linear.weight for linear in linears]) * norm.weight)
+
+        self._layers = [
+            PackedLayer(
+                join(block.input_layernorm, *(getattr(block.self_attn, f"{name}_proj") for name in "qkv")),
+                pack(block.self_attn.o_proj.weight),
+                join(block.post_attention_layernorm, block.mlp.gate_proj, block.mlp.up_proj),
+                pack(block.mlp.down_proj.weight),
+            )
+            for block in cast("list[Block]", model.layers)
+        ]
+        self._head = join(model.norm, model.lm_head)
+        self._embedding = model.embed_tokens.weight.detach()
+        heads, heads_k = self.config.num_attention_heads, self.config.num_key_value_heads
+        positions = torch.arange(self.config.max_position_embeddings, device=self._embedding.device)
+        cos, sin = (
+            table[:, None].to(self._embedding.dtype)
+            for table in rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
+        )
+        turned = torch.cat((cos, cos), -1).expand(-1, heads + heads_k, -1)
+        self._turn = torch.cat((turned, torch.ones_like(turned[:, :heads_k])), 1)  # (position, head, head_dim)
+        self._sin = sin.contiguous()  # (position, 1, head_dim / 2)
+
+    def _make_buffers(self, batch_size: int) -> None:
+        """The results of a step, and the views of them that it needs: made once, for a view costs an operator."""
+        heads, heads_k, d = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
+
+        def buffer(*shape: int) -> Tensor:
+            return self._embedding.new_empty(batch_size, *shape)
+
+        self._x = buffer(self.config.hidden_size)
+        self._logits = buffer(self.config.vocab_size)
+        self._gate_up = buffer(2 * self.config.intermediate_size)
+        self._gate, self._up = self._gate_up.chunk(2, -1)
+        self._qkv, self._turned = buffer((heads + 2 * heads_k) * d), buffer(heads + 2 * heads_k, d)
+        self._heads = self._qkv.view(self._turned.shape)
+        self._first, self._second = self._heads[:, : heads + heads_k].chunk(2, -1)
+        self._turned_first, self._turned_second = self._turned[:, : heads + heads_k].chunk(2, -1)
+        # The query heads that share a KV head are the rows of one matrix, as in `attention.online.to_rows`.
+        self._q = self._turned[:, :heads].unflatten(1, (heads_k, -1))
+        self._new_kv = self._turned[:, heads:].unflatten(1, (2, heads_k)).transpose(0, 1)  # (2, batch, nheads_k, d)
+
+
+class CacheSlots:
+    """Where a step's keys and values go in the cache, and what its queries see, for every layer."""
+
+    def __init__(self, kv_cache: KVCache, lengths: list[int]):
+        longest = max(lengths)
+        seen = kv_cache.buffer[:, :, :, : longest + 1].transpose(3, 4)  # (layers, 2, batch, nheads_k, longest + 1, d)
+        self.keys, self.values = seen[:, 0].unbind(0), seen[:, 1].unbind(0)
+        if all_equal(lengths):
+            self.positions: Tensor | slice = slice(longest, longest + 1)
+            self.mask = None
+            slots = kv_cache.buffer[:, :, :, longest].unbind(0)
+            self.write = lambda layer, new: slots[layer].copy_(new)
+        else:
+            device = kv_cache.buffer.device
+            self.positions = ends = torch.tensor(lengths, device=device)
+            self.mask = (torch.arange(longest + 1, device=device) <= ends[:, None])[:, None, None]  # (batch, 1, 1, n)
+            layers, rows = kv_cache.buffer.unbind(0), torch.arange(len(lengths), device=device)
+            self.write = lambda layer, new: layers[layer].index_put_((None, rows, ends), new)
+
+
+def product(x: Tensor, weight: Matrix, out: Tensor) -> Tensor:
+    """x @ weight, written to `out`."""
+    if isinstance(weight, Tensor):
+        return torch.mm(x, weight, out=out)
+    return out.copy_(torch._weight_int8pack_mm(x.bfloat16(), *weight))
+
+
+def add_product(x: Tensor, y: Tensor, weight: Matrix) -> None:
+    """x += y @ weight."""
+    if isinstance(weight, Tensor):
+        torch.addmm(x, y, weight, out=x)
+    else:
+        x.add_(torch._weight_int8pack_mm(y.bfloat16(), *weight))
+
+
+def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds a matrix to 8 bits, with the scale of each output's largest weight (symmetric, per channel).
+
+    Args:
+        weight: (out, in).
+
+    Returns:
+        int8 (out, in), and scales (out,) in bf16, so that weight ≈ int8 · scale.
+    """
+    scale = (weight.abs().amax(1) / 127).bfloat16()
+    return (weight / scale[:, None].clamp_min(1e-30)).round().clamp(-127, 127).to(torch.int8), scale
