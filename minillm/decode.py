@@ -35,7 +35,6 @@ class Decoder:
 
     Args:
         model: its weights are copied, packed for the step; later changes of the model do not arrive here.
-        batch_size: rows of the steps and of their cache.
         weights: "same" keeps the model's dtype; "int8" stores each matrix in 8 bits with a scale for each output
             (weight-only quantisation, 仅权重量化) and multiplies in bf16: a quarter of the bytes, less exact.
 
@@ -43,12 +42,12 @@ class Decoder:
         ValueError: where `weights` is unknown.
     """
 
-    def __init__(self, model: MiniLLM, batch_size: int = 1, weights: Weights = "same"):
+    def __init__(self, model: MiniLLM, weights: Weights = "same"):
         if weights not in ("same", "int8"):
             raise ValueError(f"weights is {weights!r}, wants 'same' or 'int8'")
-        self.config, self.batch_size = model.config, batch_size
-        self._pack(model, quantise if weights == "int8" else lambda weight: weight.t())
-        self._make_buffers(batch_size)
+        self.config = model.config
+        self._pack(model, quantise if weights == "int8" else lambda weight: weight.t().contiguous())
+        self._make_buffers(1)
 
     @torch.inference_mode()
     def step(self, token_ids: Tensor, kv_cache: KVCache) -> Tensor:
@@ -64,6 +63,8 @@ class Decoder:
         Raises:
             ValueError: where a row would pass the model's limit; the cache is then as it was.
         """
+        if len(token_ids) != self.batch_size:
+            self._make_buffers(len(token_ids))
         lengths = kv_cache.lengths
         kv_cache.reserve(max(lengths) + 1)
         slots = CacheSlots(kv_cache, lengths)
@@ -127,6 +128,7 @@ class Decoder:
 
     def _make_buffers(self, batch_size: int) -> None:
         """The results of a step, and the views of them that it needs: made once, for a view costs an operator."""
+        self.batch_size = batch_size
         heads, heads_k, d = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
 
         def buffer(*shape: int) -> Tensor:

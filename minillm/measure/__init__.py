@@ -1,6 +1,8 @@
-"""Measuring: memory that a call allocates, HBM traffic of code as it runs, and the limits of a GPU's datasheet."""
+"""Measuring: memory that a call allocates, HBM traffic of code as it runs, the limits of a GPU's datasheet, and
+the phases of a generation."""
 
-from minillm.measure.memory import MemoryReport, format_bytes, measure_memory
+from minillm.measure.memory import MemoryReport, format_bytes, measure_memory, record_peak
+from minillm.measure.profiler import Phase, Profile, phase, profile
 from minillm.measure.roofline import GPU, GPUS, Citation, attainable, attention_flops, ridge, time_bound
 from minillm.measure.traffic import Counted, Traffic, count_operators, count_traffic
 
@@ -10,6 +12,8 @@ __all__ = [
     "Citation",
     "Counted",
     "MemoryReport",
+    "Phase",
+    "Profile",
     "Traffic",
     "attainable",
     "attention_flops",
@@ -17,6 +21,9 @@ __all__ = [
     "count_traffic",
     "format_bytes",
     "measure_memory",
+    "phase",
+    "profile",
+    "record_peak",
     "ridge",
     "time_bound",
 ]

@@ -101,6 +101,22 @@ def measure_memory(
     return MemoryReport(result, *_account(events), device=str(place))
 
 
+@contextmanager
+def record_peak(device: torch.device | str = "cpu") -> Iterator[list[int]]:
+    """Like `measure_memory`, for a block of code: at its end the list holds one number, the peak in bytes.
+
+    Args:
+        device: "cpu" or a CUDA device.
+
+    Raises:
+        ValueError, RuntimeError: as `measure_memory`.
+    """
+    peak: list[int] = []
+    with _recording(_recorder(_place(device, ()))) as events:
+        yield peak
+    peak.append(_account(events)[0])
+
+
 def format_bytes(size: float) -> str:
     """Write a size for people: binary units (1 MiB = 2**20 bytes), two decimals at most.
 

@@ -1,0 +1,238 @@
+"""Text from a model: prefill the prompt once, then one token after another. `python -m minillm.generate "…"`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from minillm.cache import KVCache
+from minillm.checkpoint import load_checkpoint
+from minillm.corpus import BOT, SPECIAL_TOKENS, user_turn
+from minillm.decode import Decoder, Weights
+from minillm.measure.profiler import phase, profile
+from minillm.model import MiniLLM
+from minillm.sampling import check_sampling, sample
+from minillm.tokenizer import END_ID
+
+
+class TextGenerator:
+    """Writes on from prompts, with a KV cache.
+
+    Args:
+        model, tokenizer: left out, those of the shipped checkpoint.
+        use_flash_attention: fused attention and the packed `Decoder`; false runs every step through the model's
+            own forward with the naive attention.
+        weights: "same", or "int8" for the decode steps, as in `Decoder`.
+
+    Raises:
+        ValueError: where `weights` is unknown.
+    """
+
+    def __init__(
+        self,
+        model: MiniLLM | None = None,
+        tokenizer: Tokenizer | None = None,
+        *,
+        use_flash_attention: bool = True,
+        weights: Weights = "same",
+    ):
+        if model is None:
+            model, tokenizer = load_checkpoint()
+        self.model, self.tokenizer = model, tokenizer
+        self._backend = "auto" if use_flash_attention else "naive"
+        self._decoder = Decoder(model, weights) if use_flash_attention else None
+        self._weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+
+    def generate(self, prompt_ids, max_new_tokens: int = 50, temperature: float = 0.8, **options):
+        """The tokens that follow one prompt, or each of several.
+
+        Args:
+            prompt_ids: the ids of one prompt, as a sequence of int or a Tensor (seqlen,); or several prompts, as a
+                sequence of such or a Tensor (batch, seqlen). They need not be equally long.
+            max_new_tokens: at most so many are written.
+            temperature: as in `minillm.sampling`; 0 is greedy.
+            options: as in `stream`.
+
+        Returns:
+            list[int] for one prompt, a list of them for several; without the stop token.
+
+        Raises:
+            ValueError: as `stream`.
+        """
+        prompts, single = as_prompts(prompt_ids)
+        rows: list[list[int]] = [[] for _ in prompts]
+        for tokens in self.stream(prompts, max_new_tokens, temperature, **options):
+            for row, token in zip(rows, tokens, strict=True):
+                if token is not None:
+                    row.append(token)
+        return rows[0] if single else rows
+
+    def stream(
+        self,
+        prompt_ids,
+        max_new_tokens: int = 50,
+        temperature: float = 0.8,
+        *,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        stop_tokens: Sequence[int] = (END_ID,),
+        seed: int | None = None,
+    ) -> Iterator[list[int | None]]:
+        """The same, token by token, as soon as each is there.
+
+        Args:
+            prompt_ids, max_new_tokens, temperature: as in `generate`.
+            top_k, top_p, min_p: as in `minillm.sampling`.
+            stop_tokens: a row ends where the model chooses one of these.
+            seed: of the draws; the same seed, prompts and machine give the same tokens.
+
+        Yields:
+            A token for each prompt, None for those that have ended; until all have.
+
+        Raises:
+            ValueError: where a prompt is empty, too long for the model together with `max_new_tokens`, or holds
+                an unknown id; and for an option that makes no sense. Before the first token, in the call itself.
+        """
+        prompts, _ = as_prompts(prompt_ids)
+        check_sampling(temperature, top_k, top_p, min_p)
+        self._check(prompts, max_new_tokens)
+        sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        return self._stream(prompts, max_new_tokens, sampling, frozenset(stop_tokens), seed)
+
+    def stream_text(self, text: str, max_new_tokens: int = 50, temperature: float = 0.8, **options) -> Iterator[str]:
+        """The model's answer to what a person says, in pieces of text.
+
+        Args:
+            text: any characters; the tokenizer writes those that it has not learned byte by byte.
+            max_new_tokens, temperature, options: as in `stream`.
+
+        Raises:
+            ValueError: as `stream`, and where the text is blank or holds one of the marks that part turns.
+        """
+        if self.tokenizer is None:
+            raise ValueError("tokenizer is None: text needs one, give it to TextGenerator beside the model")
+        if not text.strip():
+            raise ValueError("text is blank: say something")
+        for mark in SPECIAL_TOKENS:
+            if mark in text:
+                raise ValueError(f"text holds {mark!r}, which parts the turns of a dialogue: leave it out")
+        prompt = self.tokenizer.encode(user_turn([text]) + BOT).ids
+        return self._pieces(self.stream(prompt, max_new_tokens, temperature, **options))
+
+    def answer(self, text: str, max_new_tokens: int = 50, temperature: float = 0.8, **options) -> str:
+        """The whole answer of `stream_text`."""
+        return "".join(self.stream_text(text, max_new_tokens, temperature, **options)).strip()
+
+    @torch.no_grad()
+    def _stream(self, prompts, max_new_tokens, sampling, stop_tokens, seed) -> Iterator[list[int | None]]:
+        weight = self.model.embed_tokens.weight
+        generator = None if seed is None else torch.Generator(weight.device).manual_seed(seed)
+        capacity = max(map(len, prompts)) + max_new_tokens
+        cache = KVCache(self.model.config, len(prompts), capacity=capacity, dtype=weight.dtype, device=weight.device)
+        running = [True] * len(prompts)
+        logits = self._prefill(prompts, cache)
+        for written in range(1, max_new_tokens + 1):
+            chosen = sample(logits, **sampling, generator=generator)
+            tokens = chosen.tolist()
+            running = [go_on and token not in stop_tokens for go_on, token in zip(running, tokens, strict=True)]
+            if not any(running):
+                return
+            yield [token if go_on else None for go_on, token in zip(running, tokens, strict=True)]
+            if written < max_new_tokens:
+                logits = self._step(chosen, cache, sum(running))
+
+    def _prefill(self, prompts: list[list[int]], cache: KVCache) -> Tensor:
+        longest = max(map(len, prompts))
+        device = self.model.embed_tokens.weight.device
+        ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
+        ends = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        token_mask = torch.arange(longest, device=device) < ends[:, None]
+        with phase("prefill", sum(map(len, prompts)), self._weight_bytes):
+            logits = self.model(
+                ids, cache, attention_backend=self._backend, token_mask=token_mask, last_token_only=True
+            )
+        return logits[:, 0]
+
+    def _step(self, token_ids: Tensor, cache: KVCache, running: int) -> Tensor:
+        """Rows that have ended are carried along: a step costs nearly the same without them."""
+        weights = self._weight_bytes if self._decoder is None else self._decoder.nbytes
+        held = cache.nbytes // (cache.batch_size * cache.capacity) * sum(cache.lengths)
+        with phase("decode", running, weights + held):
+            if self._decoder is None:
+                return self.model(token_ids[:, None], cache, attention_backend=self._backend)[:, 0]
+            return self._decoder.step(token_ids, cache)
+
+    def _pieces(self, stream: Iterator[list[int | None]]) -> Iterator[str]:
+        """Text as it grows; a character of several tokens is held back until its last byte is there."""
+        assert self.tokenizer is not None
+        ids: list[int] = []
+        shown = ""
+        for (token,) in stream:
+            assert token is not None
+            ids.append(token)
+            text = self.tokenizer.decode(ids)
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                yield text[len(shown) :]
+                shown = text
+        if text := self.tokenizer.decode(ids)[len(shown) :]:
+            yield text
+
+    def _check(self, prompts: list[list[int]], max_new_tokens: int) -> None:
+        limit, vocab_size = self.model.config.max_position_embeddings, self.model.config.vocab_size
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}, wants 1 or more")
+        for row, prompt in enumerate(prompts):
+            which = f"prompt_ids[{row}]" if len(prompts) > 1 else "prompt_ids"
+            if not prompt:
+                raise ValueError(f"{which} is empty: a model needs at least one token to write on from")
+            if len(prompt) + max_new_tokens > limit:
+                raise ValueError(
+                    f"{which} has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}, the model holds {limit} "
+                    "in all: shorten the prompt, or ask for fewer"
+                )
+            if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+                unknown = next(token for token in prompt if not 0 <= token < vocab_size)
+                raise ValueError(f"{which} holds the id {unknown}, the vocabulary goes from 0 to {vocab_size - 1}")
+
+
+def as_prompts(prompt_ids) -> tuple[list[list[int]], bool]:
+    """Whatever form the ids have, as lists; and whether it was one prompt, not a batch."""
+    ids = prompt_ids.tolist() if isinstance(prompt_ids, Tensor) else list(prompt_ids)
+    single = not ids or isinstance(ids[0], int)
+    return [list(map(int, row)) for row in ([ids] if single else ids)], single
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("text", help="what you say to the model, in quotes")
+    parser.add_argument("--checkpoint", default="small", help="a folder, or the name of a shipped checkpoint")
+    parser.add_argument("--max-new-tokens", type=int, default=50)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, and the default here")
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--min-p", type=float, default=0.0)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--weights", choices=("same", "int8"), default="same")
+    options = vars(parser.parse_args())
+    text, checkpoint, weights = (options.pop(name) for name in ("text", "checkpoint", "weights"))
+    generator = TextGenerator(*load_checkpoint(checkpoint), weights=weights)
+    try:
+        pieces = generator.stream_text(text, **options)
+    except ValueError as error:
+        parser.error(str(error))
+    with profile() as report:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    print()
+    for name, measured in report.phases.items():
+        print(f"{name}: {measured.tokens} tokens, {measured.tokens_per_second:.0f} tokens/s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

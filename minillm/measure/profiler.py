@@ -1,0 +1,185 @@
+"""Where the time and the memory of a generation go, phase by phase, and what the figures suggest.
+
+    with profile() as report:
+        generator.generate(prompt_ids)
+    print(report)
+
+The code that is watched names its phases: `with phase("decode", tokens=1, nbytes=…):`. Outside `profile` that costs
+about a microsecond.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from statistics import median
+
+import torch
+
+from minillm.measure.memory import format_bytes, record_peak
+
+
+@dataclass
+class Phase:
+    """What was measured of one phase, over all its calls.
+
+    Attributes:
+        tokens: new tokens, all calls and rows together.
+        nbytes: of each call, the bytes that it cannot do without: its weights and what it reads of the cache.
+        seconds: of each call; empty without `log_latency`.
+        peak_bytes: the most that a call allocated at one time, beyond what was there; 0 without `log_memory`.
+    """
+
+    tokens: int = 0
+    nbytes: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / sum(self.seconds) if self.seconds else 0.0
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes/s of the median call, counting only `nbytes`."""
+        return median(n / s for n, s in zip(self.nbytes, self.seconds, strict=True)) if self.seconds else 0.0
+
+
+class Profile:
+    """The report of `profile`: phases by name, and suggestions.
+
+    Args:
+        log_latency, log_memory: what to measure.
+        device: where the work runs.
+    """
+
+    def __init__(self, log_latency: bool, log_memory: bool, device: torch.device | str):
+        self.log_latency, self.log_memory, self.device = log_latency, log_memory, torch.device(device)
+        self.phases: dict[str, Phase] = {}
+
+    def suggestions(self, bandwidth: float | None = None) -> list[str]:
+        """What the figures call for; empty where nothing was timed.
+
+        Args:
+            bandwidth: bytes/s that this machine reads; left out, it is measured (a tenth of a second).
+        """
+        timed = {name: phase for name, phase in self.phases.items() if phase.seconds}
+        if not timed:
+            return []
+        advice = [_largest_share(timed)]
+        if "decode" in timed:
+            advice.append(_reading(timed["decode"], bandwidth or read_bandwidth(self.device)))
+            advice += _slowing_down(timed["decode"])
+        return advice
+
+    def __str__(self) -> str:
+        lines = [f"{'phase':10} {'calls':>6} {'tokens':>7} {'seconds':>9} {'tokens/s':>9} {'GB/s':>6} {'peak':>10}"]
+        for name, phase in self.phases.items():
+            time_columns = f"{'–':>9} {'–':>9} {'–':>6}"
+            if phase.seconds:
+                rates = f"{phase.tokens_per_second:9.1f} {phase.bandwidth / 1e9:6.1f}"
+                time_columns = f"{sum(phase.seconds):9.4f} {rates}"
+            peak = format_bytes(phase.peak_bytes) if self.log_memory else "–"
+            lines.append(f"{name:10} {len(phase.nbytes):6} {phase.tokens:7} {time_columns} {peak:>10}")
+        if self.log_latency and self.log_memory:
+            lines.append("Recording the memory took time too: for true times, log one of the two.")
+        return "\n".join(lines + [f"- {advice}" for advice in self.suggestions()])
+
+    @contextmanager
+    def _measure(self, name: str, tokens: int, nbytes: int) -> Iterator[None]:
+        phase = self.phases.setdefault(name, Phase())
+        recording = record_peak(self.device) if self.log_memory else nullcontext(list[int]())
+        with recording as peak:
+            start = self._now()
+            yield
+            seconds = self._now() - start
+        phase.tokens += tokens
+        phase.nbytes.append(nbytes)
+        if self.log_latency:
+            phase.seconds.append(seconds)
+        phase.peak_bytes = max(phase.peak_bytes, *peak, 0)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # a kernel that was started is not a kernel that has run
+        return time.perf_counter()
+
+
+_current: ContextVar[Profile | None] = ContextVar("profile", default=None)
+_NOTHING: AbstractContextManager[None] = nullcontext()
+
+
+@contextmanager
+def profile(
+    log_latency: bool = True, log_memory: bool = False, device: torch.device | str = "cpu"
+) -> Iterator[Profile]:
+    """Measures the phases that run in the block.
+
+    Args:
+        log_latency: seconds of each call.
+        log_memory: peak of what each phase allocates, to the byte. It slows the code down, so it is off.
+        device: where the work runs.
+    """
+    report = Profile(log_latency, log_memory, device)
+    token = _current.set(report)
+    try:
+        yield report
+    finally:
+        _current.reset(token)
+
+
+def phase(name: str, tokens: int, nbytes: int) -> AbstractContextManager[None]:
+    """Names a piece of work, for `profile`; does nothing where no profile is on.
+
+    Args:
+        name: such as "prefill" or "decode".
+        tokens: new tokens that it takes in.
+        nbytes: bytes that it reads at least.
+    """
+    report = _current.get()
+    return _NOTHING if report is None else report._measure(name, tokens, nbytes)
+
+
+def read_bandwidth(device: torch.device | str = "cpu") -> float:
+    """How fast this machine reads from memory: the median of five sums over 256 MiB, in bytes/s."""
+    numbers = torch.ones(2**26, device=device)
+    clock = Profile(True, False, device)
+    for _ in range(6):
+        with clock._measure("read", 0, numbers.nbytes):
+            numbers.sum()
+    read = clock.phases["read"]
+    read.nbytes, read.seconds = read.nbytes[1:], read.seconds[1:]
+    return read.bandwidth
+
+
+def _largest_share(phases: dict[str, Phase]) -> str:
+    seconds = {name: sum(phase.seconds) for name, phase in phases.items()}
+    name = max(seconds, key=lambda name: seconds[name])
+    share = seconds[name] / sum(seconds.values())
+    cure = {
+        "prefill": "shorten the prompt, or keep the cache of a prefix that comes again",
+        "decode": "a batch shares each step's reading of the weights",
+    }.get(name, "look there first")
+    return f"{name} takes {share:.0%} of the time: {cure}"
+
+
+def _reading(decode: Phase, bandwidth: float) -> str:
+    share = decode.bandwidth / bandwidth
+    found = f"decode reads {decode.bandwidth / 1e9:.1f} GB/s of the {bandwidth / 1e9:.1f} GB/s that this machine reads"
+    if share > 0.6:
+        return f"{found}: memory is the limit, only fewer bytes help (weights='int8', fewer KV heads)"
+    return f"{found}: memory is not the limit, overhead is (a larger batch or a larger model hides it)"
+
+
+def _slowing_down(decode: Phase) -> list[str]:
+    """Compares the first quarter of the steps with the last, where there are enough to tell."""
+    quarter = len(decode.seconds) // 4
+    if quarter < 8:
+        return []
+    first, last = median(decode.seconds[:quarter]), median(decode.seconds[-quarter:])
+    if last < 1.2 * first:
+        return []
+    return [f"a step grew from {first * 1e3:.2f} to {last * 1e3:.2f} ms: the cache outgrows the weights"]
