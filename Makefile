@@ -16,7 +16,7 @@ LESSON_00 := /lab/tree/notebooks/00_start_here.ipynb
 # Jupyter refuses to start as root, who is the only user of most containers.
 ROOT_ARGS := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help lab test doctor setup gpu exercises grade train evaluate badges bench-gpu compile-matrix clean
+.PHONY: help lab test doctor setup gpu exercises grade bench train evaluate badges bench-gpu compile-matrix clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,9 @@ exercises: setup ## exercises/, the students' notebooks, made anew from solution
 grade: setup ## grade SUBMISSIONS=folder (of a folder a student), or UNIT=02 of it; results in grades/
 	@$(if $(SUBMISSIONS),,echo "Which? As in: make grade SUBMISSIONS=submitted" >&2; exit 2)
 	@$(VENV) -m course.grading "$(SUBMISSIONS)" $(if $(UNIT),--unit "$(UNIT)") $(ARGS)
+
+bench: setup ## generation on this machine's CPU, against its limits and transformers
+	@$(VENV) -m benchmarks.decode_cpu $(ARGS)
 
 train: setup ## train the checkpoint again (resumable)
 	@$(VENV) -m minillm.train $(ARGS)

@@ -154,17 +154,25 @@ class CacheSlots:
         longest = max(lengths)
         seen = kv_cache.buffer[:, :, :, : longest + 1].transpose(3, 4)  # (layers, 2, batch, nheads_k, longest + 1, d)
         self.keys, self.values = seen[:, 0].unbind(0), seen[:, 1].unbind(0)
+        self._rows: Tensor | None = None
+        self.mask: Tensor | None = None
+        self.positions: Tensor | slice = slice(longest, longest + 1)
         if all_equal(lengths):
-            self.positions: Tensor | slice = slice(longest, longest + 1)
-            self.mask = None
-            slots = kv_cache.buffer[:, :, :, longest].unbind(0)
-            self.write = lambda layer, new: slots[layer].copy_(new)
+            self._slots = kv_cache.buffer[:, :, :, longest].unbind(0)  # (2, batch, nheads_k, d) each
         else:
             device = kv_cache.buffer.device
-            self.positions = ends = torch.tensor(lengths, device=device)
-            self.mask = (torch.arange(longest + 1, device=device) <= ends[:, None])[:, None, None]  # (batch, 1, 1, n)
-            layers, rows = kv_cache.buffer.unbind(0), torch.arange(len(lengths), device=device)
-            self.write = lambda layer, new: layers[layer].index_put_((None, rows, ends), new)
+            self._slots = kv_cache.buffer.unbind(0)  # (2, batch, capacity, nheads_k, d) each
+            self._rows = torch.arange(len(lengths), device=device)
+            self.positions = torch.tensor(lengths, device=device)
+            seen_keys = torch.arange(longest + 1, device=device) <= self.positions[:, None]
+            self.mask = seen_keys[:, None, None]  # (batch, 1, 1, longest + 1)
+
+    def write(self, layer: int, new: Tensor) -> None:
+        """new: (2, batch, nheads_k, d), keys and values of the step."""
+        if self._rows is None:
+            self._slots[layer].copy_(new)
+        else:
+            self._slots[layer][:, self._rows, self.positions] = new
 
 
 def product(x: Tensor, weight: Matrix, out: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ class TextGenerator:
         ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
         ends = torch.tensor([len(prompt) for prompt in prompts], device=device)
         token_mask = torch.arange(longest, device=device) < ends[:, None]
-        with phase("prefill", sum(map(len, prompts)), self._weight_bytes):
+        with phase("prefill", sum(map(len, prompts)), lambda: self._weight_bytes):
             logits = self.model(
                 ids, cache, attention_backend=self._backend, token_mask=token_mask, last_token_only=True
             )
@@ -161,9 +161,12 @@ class TextGenerator:
 
     def _step(self, token_ids: Tensor, cache: KVCache, running: int) -> Tensor:
         """Rows that have ended are carried along: a step costs nearly the same without them."""
-        weights = self._weight_bytes if self._decoder is None else self._decoder.nbytes
-        held = cache.nbytes // (cache.batch_size * cache.capacity) * sum(cache.lengths)
-        with phase("decode", running, weights + held):
+
+        def nbytes() -> int:
+            weights = self._weight_bytes if self._decoder is None else self._decoder.nbytes
+            return weights + cache.nbytes // (cache.batch_size * cache.capacity) * sum(cache.lengths)
+
+        with phase("decode", running, nbytes):
             if self._decoder is None:
                 return self.model(token_ids[:, None], cache, attention_backend=self._backend)[:, 0]
             return self._decoder.step(token_ids, cache)

@@ -145,8 +145,6 @@ def test_sizes_that_do_not_fit_are_named(changes, message):
 
 def test_bad_calls_of_the_model_say_what_is_wrong():
     model = MiniLLM(ModelConfig.small())
-    with pytest.raises(NotImplementedError, match="lesson 04"):
-        model(tokens(), kv_cache=object())
     with pytest.raises(ValueError, match=r"input_ids has shape \(3,\)"):
         model(torch.tensor([1, 2, 3]))
     with pytest.raises(ValueError, match="600 tokens a row"):

@@ -46,10 +46,10 @@ class KVCache:
         if not 1 <= capacity <= self.limit:
             raise ValueError(f"capacity is {capacity}, wants 1 to the model's max_position_embeddings {self.limit}")
         shape = (config.num_hidden_layers, 2, batch_size, capacity, config.num_key_value_heads, config.head_dim)
-        # Zeros, for a masked slot takes part with weight 0, and 0 times a NaN left in memory would be NaN.
-        self.buffer = torch.zeros(shape, dtype=dtype, device=device)
+        self.buffer = _empty_slots(shape, dtype, device)
         self._lengths = [[0] * batch_size for _ in range(config.num_hidden_layers)]
 
+    @torch.no_grad()
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, counts: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,7 @@ class KVCache:
             counts: how many of each row's tokens are appended, the first ones; left out, all.
 
         Returns:
-            keys, values: (batch, longest length, nheads_k, headdim), views of the buffer.
+            keys, values: (batch, longest length, nheads_k, headdim), views of the buffer; no gradient passes.
 
         Raises:
             ValueError: where the shapes do not fit, or a row would pass the limit; nothing has changed then.
@@ -70,7 +70,7 @@ class KVCache:
         starts, counts = self._lengths[layer_idx], counts or [key.shape[1]] * self.batch_size
         stops = [start + count for start, count in zip(starts, counts, strict=True)]
         self.reserve(max(stops))
-        keys, values = self.buffer[layer_idx]
+        keys, values = self.buffer[layer_idx, 0], self.buffer[layer_idx, 1]
         if all_equal(starts) and all_equal(stops):
             keys[:, starts[0] : stops[0]] = key[:, : counts[0]]
             values[:, starts[0] : stops[0]] = value[:, : counts[0]]
@@ -97,7 +97,8 @@ class KVCache:
             while capacity < tokens:
                 capacity *= 2
             old = self.buffer
-            self.buffer = old.new_zeros(*old.shape[:3], min(capacity, self.limit), *old.shape[4:])
+            shape = (*old.shape[:3], min(capacity, self.limit), *old.shape[4:])
+            self.buffer = _empty_slots(shape, old.dtype, old.device)
             self.buffer[:, :, :, : old.shape[3]] = old
 
     def advance(self) -> None:
@@ -149,6 +150,12 @@ class KVCache:
                 f"key has shape {tuple(key.shape)} and value {tuple(value.shape)}, "
                 f"want ({batch}, seqlen, {nheads_k}, {headdim}) for both"
             )
+
+
+@torch.inference_mode(False)  # a tensor made in inference mode could not be written to outside of it
+def _empty_slots(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+    """Zeros, for a masked slot takes part with weight 0, and 0 times a NaN left in memory would be NaN."""
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def all_equal(numbers: Sequence[int]) -> bool:

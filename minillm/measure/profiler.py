@@ -4,14 +4,14 @@
         generator.generate(prompt_ids)
     print(report)
 
-The code that is watched names its phases: `with phase("decode", tokens=1, nbytes=…):`. Outside `profile` that costs
-about a microsecond.
+The code that is watched names its phases: `with phase("decode", tokens=1, nbytes=lambda: …):`. Outside `profile` that
+costs about a microsecond.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -131,16 +131,16 @@ def profile(
         _current.reset(token)
 
 
-def phase(name: str, tokens: int, nbytes: int) -> AbstractContextManager[None]:
+def phase(name: str, tokens: int, nbytes: Callable[[], int]) -> AbstractContextManager[None]:
     """Names a piece of work, for `profile`; does nothing where no profile is on.
 
     Args:
         name: such as "prefill" or "decode".
         tokens: new tokens that it takes in.
-        nbytes: bytes that it reads at least.
+        nbytes: gives the bytes that it reads at least; called only where a profile is on.
     """
     report = _current.get()
-    return _NOTHING if report is None else report._measure(name, tokens, nbytes)
+    return _NOTHING if report is None else report._measure(name, tokens, nbytes())
 
 
 def read_bandwidth(device: torch.device | str = "cpu") -> float:

@@ -1,0 +1,187 @@
+"""Generation on the CPU against its limits: `make bench`, or `python -m benchmarks.decode_cpu`.
+
+One model of 28 million parameters, the same weights everywhere, batch 1, greedy, fp32, after a prompt of 128 tokens:
+
+- floor: the weights of a step, streamed through bare `F.linear` calls, with nothing between them;
+- ours: `TextGenerator`, and with weights="int8";
+- transformers: `generate` of Hugging Face's Llama, with SDPA and its dynamic cache.
+
+They take turns, and a ratio is formed within each turn. Then the prefill of 1,024 tokens, and the rate over the length
+of the context: with a cache, without one, and transformers. Needs the extra `peers`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.record import ratio, save, spread, take_turns
+from minillm import MiniLLM, ModelConfig
+from minillm.cache import KVCache
+from minillm.checkpoint import to_transformers
+from minillm.generate import TextGenerator
+
+CONFIG = ModelConfig(
+    vocab_size=4096,
+    hidden_size=512,
+    intermediate_size=1408,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+)
+PROMPT, PREFILL = 128, 1024
+CONTEXTS = (64, 128, 256, 512, 1024, 2000)
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=32, help="written in each turn")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    model = MiniLLM(CONFIG).eval()
+    decode = measure_decode(model, options.rounds, options.tokens)
+    prefill = measure_prefill(model, max(4, options.rounds // 2))
+    curve = measure_curve(model)
+    print("\nwritten to", save("decode_cpu", {"decode": decode, "prefill": prefill, "context": curve}))
+
+
+def measure_decode(model: MiniLLM, rounds: int, tokens: int) -> dict:
+    theirs = to_transformers(model).eval()
+    ids = prompt(PROMPT)
+    runs = {
+        "floor": lambda: floor_rate(model, tokens),
+        "ours": lambda: our_rate(same, ids, tokens),
+        "ours, int8": lambda: our_rate(int8, ids, tokens),
+        "transformers": lambda: their_rate(theirs, ids, tokens),
+    }
+    same, int8 = TextGenerator(model), TextGenerator(model, weights="int8")
+    results = take_turns(runs, rounds)
+    print(f"decode after {PROMPT} tokens: tokens/s, median of {rounds} turns (eight of ten lie between)")
+    for name, figures in results.items():
+        print(f"  {name:14} {in_words(spread(figures), '6.1f')}")
+    ratios = {
+        f"{name} / {to}": ratio(results, name, to)
+        for name, to in (
+            ("ours", "floor"),
+            ("ours", "transformers"),
+            ("ours, int8", "floor"),
+            ("ours, int8", "transformers"),
+        )
+    }
+    for name, figures in ratios.items():
+        print(f"  {name:26} {in_words(figures, '5.2f')}")
+    return {"tokens per second": {name: spread(figures) for name, figures in results.items()}, "ratios": ratios}
+
+
+def measure_prefill(model: MiniLLM, rounds: int) -> dict:
+    theirs = to_transformers(model).eval()
+    ids = prompt(PREFILL)
+
+    def ours() -> float:
+        start = time.perf_counter()
+        model(ids, KVCache(CONFIG, 1, capacity=PREFILL), attention_backend="auto", last_token_only=True)
+        return PREFILL / (time.perf_counter() - start)
+
+    def transformers() -> float:
+        start = time.perf_counter()
+        theirs(ids, use_cache=True, logits_to_keep=1)
+        return PREFILL / (time.perf_counter() - start)
+
+    results = take_turns({"ours": ours, "transformers": transformers}, rounds)
+    against = ratio(results, "ours", "transformers")
+    print(f"prefill of {PREFILL} tokens: tokens/s")
+    for name, figures in results.items():
+        print(f"  {name:14} {in_words(spread(figures), '6.0f')}")
+    print(f"  {'ours / transformers':26} {in_words(against, '5.2f')}")
+    rates = {name: spread(figures) for name, figures in results.items()}
+    return {"tokens per second": rates, "ours / transformers": against}
+
+
+def measure_curve(model: MiniLLM, tokens: int = 12, rounds: int = 3) -> dict:
+    theirs, generator = to_transformers(model).eval(), TextGenerator(model)
+    curve: dict = {"length": list(CONTEXTS), "cached": [], "uncached": [], "transformers": []}
+    print("tokens/s by tokens in the context")
+    for length in CONTEXTS:
+        ids = prompt(length)
+        runs = {
+            "cached": lambda ids=ids: our_rate(generator, ids, tokens),
+            "uncached": lambda ids=ids: uncached_rate(model, ids),
+            "transformers": lambda ids=ids: their_rate(theirs, ids, tokens),
+        }
+        medians = {name: spread(figures)["median"] for name, figures in take_turns(runs, rounds).items()}
+        for name, figure in medians.items():
+            curve[name].append(round(figure, 2))
+        print(f"  {length:5}", *(f"{name} {figure:7.1f}" for name, figure in medians.items()))
+    return curve
+
+
+def prompt(length: int) -> Tensor:
+    return torch.randint(CONFIG.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+
+
+def floor_rate(model: MiniLLM, tokens: int) -> float:
+    """Steps a second of nothing but the products: q, k and v as one matrix, gate and up as one."""
+    weights = floor_weights(model)
+    inputs = {size: torch.randn(1, size) for size in (CONFIG.hidden_size, CONFIG.intermediate_size)}
+    start = time.perf_counter()
+    for _ in range(tokens):
+        for weight in weights:
+            F.linear(inputs[weight.shape[1]], weight)
+    return tokens / (time.perf_counter() - start)
+
+
+def floor_weights(model: MiniLLM) -> list[Tensor]:
+    if id(model) not in _floor_weights:
+        weights = []
+        for layer in model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            qkv = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+            gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+            weights += [qkv, attention.o_proj.weight, gate_up, mlp.down_proj.weight]
+        _floor_weights[id(model)] = [*weights, model.lm_head.weight]
+    return _floor_weights[id(model)]
+
+
+_floor_weights: dict[int, list[Tensor]] = {}
+
+
+def our_rate(generator: TextGenerator, ids: Tensor, tokens: int) -> float:
+    """Tokens a second after the first one, which the prefill gives."""
+    stream = generator.stream(ids, tokens + 1, temperature=0, stop_tokens=())
+    next(stream)
+    start = time.perf_counter()
+    written = sum(1 for _ in islice(stream, tokens))
+    return written / (time.perf_counter() - start)
+
+
+def their_rate(model, ids: Tensor, tokens: int) -> float:
+    """The same of transformers: `generate` for all tokens, less `generate` for the first one alone."""
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    seconds = []
+    for new_tokens in (1, tokens + 1):
+        start = time.perf_counter()
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
+        seconds.append(time.perf_counter() - start)
+    return tokens / (seconds[1] - seconds[0])
+
+
+def uncached_rate(model: MiniLLM, ids: Tensor) -> float:
+    """Without a cache, each token is a forward over all the context."""
+    start = time.perf_counter()
+    model(ids, attention_backend="auto", last_token_only=True)
+    return 1 / (time.perf_counter() - start)
+
+
+def in_words(figures: dict[str, float], form: str) -> str:
+    return f"{figures['median']:{form}}  ({figures['p10']:{form}} to {figures['p90']:{form}})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""With a cache or without one: the same logits, wherever the sequence is cut, however the rows are padded."""
+
+import copy
+
+import pytest
+import torch
+
+from course.lesson import assert_within_budget, error_budget
+from minillm.cache import KVCache
+from minillm.decode import Decoder, quantise
+from minillm.model import SelfAttention
+from tests.cache.models import BACKENDS, random_ids, random_model, uncached
+
+LENGTH = 24
+SHAPES = {"gqa": {}, "mha": dict(num_key_value_heads=4), "mqa": dict(num_key_value_heads=1, head_dim=6)}
+
+
+@pytest.mark.parametrize("options", BACKENDS.values(), ids=BACKENDS)
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+@torch.no_grad()
+def test_decode_and_append_equal_prefill_at_every_split_point(changes, options):
+    model, ids = random_model(**changes), random_ids(2, LENGTH)
+    expected = uncached(model, ids)
+    for split in range(LENGTH + 1):  # 0: nothing before; LENGTH: a full hit and an empty append
+        cache = KVCache(model.config, 2, capacity=4)
+        parts = [model(ids[:, :split], cache, **options), model(ids[:, split:], cache, **options)]
+        assert_within_budget(torch.cat(parts, 1), **expected)
+        assert cache.lengths == [LENGTH, LENGTH]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", BACKENDS.values(), ids=BACKENDS)
+@torch.no_grad()
+def test_token_by_token_equals_all_at_once(options, dtype):
+    model, ids = random_model(dtype), random_ids(2, LENGTH)
+    cache = KVCache(model.config, 2, capacity=1, dtype=dtype)
+    steps = [model(ids[:, i : i + 1], cache, **options) for i in range(LENGTH)]
+    assert_within_budget(torch.cat(steps, 1), **uncached(model, ids))
+
+
+@pytest.mark.parametrize("options", BACKENDS.values(), ids=BACKENDS)
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+@torch.no_grad()
+def test_a_padded_row_equals_the_row_alone_in_prefill_append_and_decode(side, options):
+    model = random_model()
+    prompts, more = (7, 1, 12, 4), (2, 5, 0, 3)  # tokens a row, in two calls, then two steps
+    rows = [random_ids(1, a + b + 2, seed=row) for row, (a, b) in enumerate(zip(prompts, more, strict=True))]
+    cache = KVCache(model.config, 4, capacity=2)
+    got: list[list[torch.Tensor]] = [[], [], [], []]
+    starts = [0, 0, 0, 0]
+    for counts in (prompts, more, (1, 1, 1, 1), (1, 1, 1, 1)):
+        pieces = [row[0, start : start + count] for row, start, count in zip(rows, starts, counts, strict=True)]
+        ids, mask = pad(pieces, side)
+        logits = model(ids, cache, token_mask=mask, **options)
+        assert not logits[~mask].any()
+        for row in range(4):
+            got[row].append(logits[row, mask[row]])
+        starts = [start + count for start, count in zip(starts, counts, strict=True)]
+    assert cache.lengths == starts
+    for row in range(4):
+        assert_within_budget(torch.cat(got[row])[None], **uncached(model, rows[row]))
+
+
+def pad(rows, side):
+    """(batch, longest) ids, garbage where there is padding, and the mask."""
+    longest = max(map(len, rows))
+    ids = random_ids(len(rows), longest, seed=99)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        room = longest - len(row)
+        start = {"left": room, "right": 0, "both": room // 2}[side]
+        ids[i, start : start + len(row)] = row
+        mask[i, start : start + len(row)] = True
+    return ids, mask
+
+
+@torch.no_grad()
+def test_padding_changes_nothing_without_a_cache_either():
+    model, rows = random_model(), [random_ids(9, seed=1), random_ids(3, seed=2)]
+    for side in ("left", "right"):
+        ids, mask = pad(rows, side)
+        logits = model(ids, token_mask=mask)
+        last = model(ids, token_mask=mask, last_token_only=True)
+        for i, row in enumerate(rows):
+            expected = uncached(model, row[None])
+            assert_within_budget(logits[i, mask[i]][None], **expected)
+            assert torch.equal(last[i, 0], logits[i, mask[i]][-1])
+
+
+@torch.no_grad()
+def test_a_full_hit_needs_the_last_token_once_more_to_know_what_comes_next():
+    model, ids = random_model(), random_ids(2, LENGTH)
+    cache = KVCache(model.config, 2)
+    expected = model(ids, cache, last_token_only=True)
+    cache.truncate(LENGTH - 1)
+    again = model(ids[:, -1:], cache)
+    assert_within_budget(again, **{k: v[:, -1:] if k != "multiple" else v for k, v in uncached(model, ids).items()})
+    assert expected.shape == again.shape and cache.lengths == [LENGTH, LENGTH]
+
+
+@torch.no_grad()
+def test_past_the_limit_the_model_says_so_and_the_cache_is_as_it_was():
+    model = random_model()
+    cache = KVCache(model.config, 1)
+    model(random_ids(1, 60), cache)
+    before = cache.buffer.clone()
+    with pytest.raises(ValueError, match="would hold 65 tokens, the model's max_position_embeddings is 64"):
+        model(random_ids(1, 5), cache)
+    assert cache.lengths == [60] and torch.equal(cache.buffer, before)
+    decoder = Decoder(model)
+    for _ in range(4):
+        decoder.step(torch.tensor([1]), cache)
+    with pytest.raises(ValueError, match="would hold 65 tokens"):
+        decoder.step(torch.tensor([1]), cache)
+    assert cache.lengths == [64]
+
+
+@torch.no_grad()
+def test_a_forward_that_is_interrupted_loses_nothing(monkeypatch):
+    model, ids = random_model(), random_ids(1, LENGTH)
+    cache = KVCache(model.config, 1, capacity=8)
+    model(ids[:, :8], cache)
+    project = SelfAttention.project
+
+    def interrupted(self, *args):
+        if self.layer_idx == 1:
+            raise KeyboardInterrupt
+        return project(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SelfAttention, "project", interrupted)
+        model(ids[:, 8:], cache)
+    assert cache.lengths == [8]
+    rest = model(ids[:, 8:], cache)
+    expected = uncached(model, ids)
+    assert_within_budget(rest, expected["naive"][:, 8:], expected["reference"][:, 8:], multiple=8)
+
+
+def test_ids_are_looked_at_in_a_prompt_and_not_in_a_decode_step(monkeypatch):
+    model = random_model()
+    cache = KVCache(model.config, 1)
+    with pytest.raises(ValueError, match="ids from 61 to 61"):
+        model(torch.tensor([[61, 61]]), cache)
+    model(random_ids(1, 4), cache)
+    monkeypatch.setattr(torch.Tensor, "min", lambda *args: pytest.fail("a decode step looked at its ids"))
+    model(random_ids(1, 1), cache)
+
+
+def test_a_cache_of_another_batch_is_refused():
+    model = random_model()
+    with pytest.raises(ValueError, match="input_ids has 2 rows, kv_cache 3"):
+        model(random_ids(2, 4), KVCache(model.config, 3))
+
+
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("prompts", [(5,), (5, 5), (3, 9, 1), tuple(range(1, 17))], ids=str)
+@torch.no_grad()
+def test_the_packed_step_equals_the_model(prompts, changes):
+    model = random_model(**changes)
+    rows = [random_ids(1, length + 6, seed=row) for row, length in enumerate(prompts)]
+    ids, mask = pad([row[0, :length] for row, length in zip(rows, prompts, strict=True)], "right")
+    cache, decoder = KVCache(model.config, len(rows), capacity=16), Decoder(model)
+    model(ids, cache, token_mask=mask)
+    steps = []
+    for step in range(6):
+        tokens = torch.cat([row[0, length + step, None] for row, length in zip(rows, prompts, strict=True)])
+        steps.append(decoder.step(tokens, cache).clone())
+    for row, length in enumerate(prompts):
+        expected = uncached(model, rows[row])
+        ours = torch.stack([step[row] for step in steps])[None]
+        assert_within_budget(ours, expected["naive"][:, length:], expected["reference"][:, length:], multiple=8)
+
+
+@torch.no_grad()
+def test_int8_weights_stay_within_their_budget():
+    """Stated: a weight is off by half a step of its output's scale at most, the logits by a 30th of their size."""
+    model = random_model(hidden_size=128, intermediate_size=352, num_hidden_layers=4, vocab_size=512)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.08)
+    weight = model.layers[0].mlp.up_proj.weight
+    rounded, scale = quantise(weight)
+    assert rounded.dtype == torch.int8 and rounded.abs().max() == 127
+    assert ((rounded * scale[:, None].float() - weight).abs() <= 0.51 * scale[:, None]).all()
+
+    ids = random_ids(1, 40, vocab_size=512)
+    exact, packed = Decoder(model), Decoder(model, "int8")
+    assert packed.nbytes < 0.27 * exact.nbytes
+    caches = [KVCache(model.config, 1), KVCache(model.config, 1)]
+    for token in ids[0]:
+        logits, ours = (
+            decoder.step(token[None], cache) for decoder, cache in zip((exact, packed), caches, strict=True)
+        )
+    assert (ours - logits).norm() < logits.norm() / 30
+
+
+@torch.no_grad()
+def test_a_model_in_another_dtype_works_from_prefill_to_decode():
+    for dtype in (torch.bfloat16, torch.float64):
+        model, ids = random_model(dtype), random_ids(2, 10)
+        cache, decoder = KVCache(model.config, 2, dtype=dtype), Decoder(model)
+        model(ids[:, :9], cache)
+        expected = uncached(model, ids)
+        ours = decoder.step(ids[:, 9], cache)
+        assert ours.dtype == dtype
+        assert_within_budget(ours, expected["naive"][:, -1], expected["reference"][:, -1], multiple=8)
+
+
+@torch.no_grad()
+def test_torch_compile_gives_the_same_logits():
+    model, ids = random_model(), random_ids(2, LENGTH)
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager")  # its graphs, without a C++ compiler
+    assert error_budget(compiled(ids, attention_backend="sdpa"), **uncached(model, ids))
