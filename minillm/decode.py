@@ -94,7 +94,7 @@ class Decoder:
     def _normed(self, weight: Matrix, out: Tensor) -> Tensor:
         """RMSNorm(x) @ weight. The norm divides a row by one number, and a product can be divided afterwards."""
         if self.batch_size == 1 and isinstance(weight, Tensor):  # BLAS takes such a number along for nothing
-            mean_square = torch.dot(self._x[0], self._x[0]).item() / self.config.hidden_size
+            mean_square = torch.dot(self._row, self._row).item() / self.config.hidden_size
             alpha = (mean_square + self.config.rms_norm_eps) ** -0.5
             return torch.addmm(out, self._x, weight, beta=0, alpha=alpha, out=out)
         factor = (self._x.square().mean(-1, keepdim=True) + self.config.rms_norm_eps).rsqrt_()
@@ -135,6 +135,7 @@ class Decoder:
             return self._embedding.new_empty(batch_size, *shape)
 
         self._x = buffer(self.config.hidden_size)
+        self._row = self._x[0]
         self._logits = buffer(self.config.vocab_size)
         self._gate_up = buffer(2 * self.config.intermediate_size)
         self._gate, self._up = self._gate_up.chunk(2, -1)
@@ -152,13 +153,13 @@ class CacheSlots:
 
     def __init__(self, kv_cache: KVCache, lengths: list[int]):
         longest = max(lengths)
-        seen = kv_cache.buffer[:, :, :, : longest + 1].transpose(3, 4)  # (layers, 2, batch, nheads_k, longest + 1, d)
-        self.keys, self.values = seen[:, 0].unbind(0), seen[:, 1].unbind(0)
+        keys, values = kv_cache.buffer.narrow(3, 0, longest + 1).transpose(3, 4).unbind(1)
+        self.keys, self.values = keys.unbind(0), values.unbind(0)  # (batch, nheads_k, longest + 1, d) each
         self._rows: Tensor | None = None
         self.mask: Tensor | None = None
         self.positions: Tensor | slice = slice(longest, longest + 1)
         if all_equal(lengths):
-            self._slots = kv_cache.buffer[:, :, :, longest].unbind(0)  # (2, batch, nheads_k, d) each
+            self._slots = kv_cache.buffer.select(3, longest).unbind(0)  # (2, batch, nheads_k, d) each
         else:
             device = kv_cache.buffer.device
             self._slots = kv_cache.buffer.unbind(0)  # (2, batch, capacity, nheads_k, d) each

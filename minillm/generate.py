@@ -129,7 +129,6 @@ class TextGenerator:
         """The whole answer of `stream_text`."""
         return "".join(self.stream_text(text, max_new_tokens, temperature, **options)).strip()
 
-    @torch.no_grad()
     def _stream(self, prompts, max_new_tokens, sampling, stop_tokens, seed) -> Iterator[list[int | None]]:
         weight = self.model.embed_tokens.weight
         generator = None if seed is None else torch.Generator(weight.device).manual_seed(seed)
@@ -147,6 +146,7 @@ class TextGenerator:
             if written < max_new_tokens:
                 logits = self._step(chosen, cache, sum(running))
 
+    @torch.no_grad()
     def _prefill(self, prompts: list[list[int]], cache: KVCache) -> Tensor:
         longest = max(map(len, prompts))
         device = self.model.embed_tokens.weight.device
@@ -167,9 +167,10 @@ class TextGenerator:
             return weights + cache.nbytes // (cache.batch_size * cache.capacity) * sum(cache.lengths)
 
         with phase("decode", running, nbytes):
-            if self._decoder is None:
+            if self._decoder is not None:
+                return self._decoder.step(token_ids, cache)
+            with torch.no_grad():
                 return self.model(token_ids[:, None], cache, attention_backend=self._backend)[:, 0]
-            return self._decoder.step(token_ids, cache)
 
     def _pieces(self, stream: Iterator[list[int | None]]) -> Iterator[str]:
         """Text as it grows; a character of several tokens is held back until its last byte is there."""

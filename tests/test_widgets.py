@@ -25,6 +25,7 @@ CALLS = {
     "tile_walk": lambda: widgets.tile_walk(32, 32, 16, block_q=16, causal=True),
     "tile_walk, ragged, with queries that see nothing": lambda: widgets.tile_walk(70, 40, 16, block_k=24, causal=True),
     "program_grid": lambda: widgets.program_grid(64, 64, block_q=16, program=2),
+    "cache_filling": lambda: widgets.cache_filling((5, 2), 9),
 }
 
 
@@ -192,3 +193,22 @@ def area(corners):
     """Of a polygon, by the shoelace formula."""
     following = [*corners[1:], corners[0]]
     return abs(sum(x * v - u * y for (x, y), (u, v) in zip(corners, following, strict=True))) / 2
+
+
+def test_the_filling_cache_is_the_one_that_the_library_fills():
+    states = widgets.filled_cache((5, 2), 9, 4, 2)
+    assert [state.lengths for state in states] == [[0, 0], *([5 + i, 2 + i] for i in range(10))]
+    assert sorted({state.capacity for state in states}) == [4, 8, 14]
+    for state in states:
+        assert state.nbytes == 4 * 2 * 2 * state.capacity * 2 * 32 * 4
+        assert state.used == 4 * 2 * sum(state.lengths) * 2 * 32 * 4
+
+
+def test_the_filling_cache_says_when_it_grew():
+    first, _, *rest = (widgets._filling_in_words(i, s, b, 2) for i, (s, b) in enumerate(_pairs()))
+    assert first.startswith("Nothing is computed") and sum("It was full" in words for words in rest) == 1
+
+
+def _pairs():
+    states = widgets.filled_cache((5, 2), 9, 4, 2)
+    return zip(states, states[:1] + states, strict=False)
