@@ -6,8 +6,9 @@ One model of 28 million parameters, the same weights everywhere, batch 1, greedy
 - ours: `TextGenerator`, and with weights="int8";
 - transformers: `generate` of Hugging Face's Llama, with SDPA and its dynamic cache.
 
-They take turns, and a ratio is formed within each turn. Then the prefill of 1,024 tokens, and the rate over the length
-of the context: with a cache, without one, and transformers. Needs the extra `peers`.
+They take turns, and a ratio is formed within each turn. Then the prefill of 1,024 tokens; the rate over the length of
+the context: with a cache, without one, and transformers; and the tiled attention by its block size. Needs the extra
+`peers`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import time
 from itertools import islice
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from benchmarks.record import ratio, save, spread, take_turns
 from minillm import MiniLLM, ModelConfig
+from minillm.attention import flash_attention
 from minillm.cache import KVCache
 from minillm.checkpoint import to_transformers
 from minillm.generate import TextGenerator
@@ -35,6 +38,7 @@ CONFIG = ModelConfig(
     num_key_value_heads=4,
 )
 PROMPT, PREFILL = 128, 1024
+BLOCKS = (32, 64, 128, 256, 512)
 CONTEXTS = (64, 128, 256, 512, 1024, 2000)
 
 
@@ -49,7 +53,8 @@ def main() -> None:
     decode = measure_decode(model, options.rounds, options.tokens)
     prefill = measure_prefill(model, max(4, options.rounds // 2))
     curve = measure_curve(model)
-    print("\nwritten to", save("decode_cpu", {"decode": decode, "prefill": prefill, "context": curve}))
+    figures = {"decode": decode, "prefill": prefill, "context": curve, "blocks": measure_blocks()}
+    print("\nwritten to", save("decode_cpu", figures))
 
 
 def measure_decode(model: MiniLLM, rounds: int, tokens: int) -> dict:
@@ -120,6 +125,24 @@ def measure_curve(model: MiniLLM, tokens: int = 12, rounds: int = 3) -> dict:
             curve[name].append(round(figure, 2))
         print(f"  {length:5}", *(f"{name} {figure:7.1f}" for name, figure in medians.items()))
     return curve
+
+
+def measure_blocks(rounds: int = 7) -> dict:
+    """Milliseconds of one layer's tiled attention over a prompt, by its block size."""
+    results = {}
+    print("tiled attention of one layer: milliseconds by block size")
+    for length in (256, 1024, 2048):
+        q, k, v = (torch.randn(1, length, heads, 64) for heads in (8, 4, 4))
+
+        def run(block: int, qkv=(q, k, v)) -> float:
+            start = time.perf_counter()
+            flash_attention(*qkv, causal=True, block_q=block, block_k=block)
+            return 1000 * (time.perf_counter() - start)
+
+        runs = {f"{block}": lambda block=block: run(block) for block in BLOCKS}
+        results[f"{length}"] = {block: round(median(ms), 2) for block, ms in take_turns(runs, rounds).items()}
+        print(f"  {length:5}", *(f"{block}: {ms:.1f}" for block, ms in results[f"{length}"].items()))
+    return results
 
 
 def prompt(length: int) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -94,6 +96,16 @@ def show_source(function: Callable) -> Markdown:
     from IPython.display import Markdown  # here, because the error budget is also needed where there is no Jupyter
 
     return Markdown(f"```python\n{inspect.getsource(function)}```")
+
+
+def stored_result(name: str) -> dict:
+    """A benchmark's newest stored result, with device, versions, date and commit.
+
+    Args:
+        name: as in benchmarks/results/<machine>/<name>.json.
+    """
+    paths = (Path(__file__).resolve().parent.parent / "benchmarks" / "results").glob(f"*/{name}.json")
+    return max((json.loads(path.read_text()) for path in paths), key=lambda result: result["date"])
 
 
 def tokenize(tokenizer: Tokenizer, text: str) -> tuple[Tensor, list[str]]:

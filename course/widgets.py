@@ -764,6 +764,7 @@ def _filler(prompts: tuple[int, ...], new_tokens: int) -> Callable[..., Drawn]:
     (allocated,) = below.plot([], [], color=GREY, drawstyle="steps-post", linewidth=2, label="allocated")
     (used,) = below.plot([], [], color=K, linewidth=2, marker="o", markersize=3, label="used")
     below.set(xlim=(-0.3, new_tokens + 1.3), ylim=(0, 1.08 * largest), xlabel="forward", ylabel="KiB")
+    below.set_xticks(range(0, new_tokens + 2, 2))
     below.legend(frameon=False, fontsize=9, loc="upper left")
     figure.legend(handles=_slot_legend(), loc="outside lower left", ncols=5, frameon=False, fontsize=9)
     stage = _Stage(figure, [grid, title, allocated, used])
@@ -777,7 +778,8 @@ def _filler(prompts: tuple[int, ...], new_tokens: int) -> Callable[..., Drawn]:
         title.set_text(f"capacity: {state.capacity} slots a row, {sum(state.lengths)} used in all")
         allocated.set_data(range(step + 1), [s.nbytes / 1024 for s in states[: step + 1]])
         used.set_data(range(step + 1), [s.used / 1024 for s in states[: step + 1]])
-        return stage.png(), _filling_in_words(step, state, before, heads_k)
+        words = _filling_in_words(step, state, before, heads_k)
+        return stage.png(), f"{words} At the start there were {capacity} slots a row."
 
     return draw
 
