@@ -24,7 +24,7 @@ REDIS_PORT = 6379
 Need = Literal["cpu", "triton", "hopper"]
 
 # What a lesson needs to run live, by its number. A notebook that is not named here makes a test fail.
-LESSON_NEEDS: dict[str, Need] = {"00": "cpu", "01": "cpu", "02": "cpu", "03": "cpu", "05": "triton"}
+LESSON_NEEDS: dict[str, Need] = {"00": "cpu", "01": "cpu", "02": "cpu", "03": "cpu", "04": "cpu", "05": "triton"}
 
 
 @dataclass(frozen=True)
