@@ -2,7 +2,7 @@
 
 One model of 28 million parameters, the same weights everywhere, batch 1, greedy, fp32, after a prompt of 128 tokens:
 
-- floor: the weights of a step, streamed through bare `F.linear` calls, with nothing between them;
+- floor: the weights of a step, streamed through bare `F.linear` calls, with nothing between them; and the same in 8 bits;
 - ours: `TextGenerator`, and with weights="int8";
 - transformers: `generate` of Hugging Face's Llama, with SDPA and its dynamic cache.
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import cache
 from itertools import islice
 from statistics import median
 
@@ -27,6 +28,7 @@ from minillm import MiniLLM, ModelConfig
 from minillm.attention import flash_attention
 from minillm.cache import KVCache
 from minillm.checkpoint import to_transformers
+from minillm.decode import quantise
 from minillm.generate import TextGenerator
 
 CONFIG = ModelConfig(
@@ -62,6 +64,7 @@ def measure_decode(model: MiniLLM, rounds: int, tokens: int) -> dict:
     ids = prompt(PROMPT)
     runs = {
         "floor": lambda: floor_rate(model, tokens),
+        "floor, int8": lambda: int8_floor_rate(model, tokens),
         "ours": lambda: our_rate(same, ids, tokens),
         "ours, int8": lambda: our_rate(int8, ids, tokens),
         "transformers": lambda: their_rate(theirs, ids, tokens),
@@ -77,6 +80,7 @@ def measure_decode(model: MiniLLM, rounds: int, tokens: int) -> dict:
             ("ours", "floor"),
             ("ours", "transformers"),
             ("ours, int8", "floor"),
+            ("ours, int8", "floor, int8"),
             ("ours, int8", "transformers"),
         )
     }
@@ -160,19 +164,32 @@ def floor_rate(model: MiniLLM, tokens: int) -> float:
     return tokens / (time.perf_counter() - start)
 
 
+def int8_floor_rate(model: MiniLLM, tokens: int) -> float:
+    """The same products with 8-bit weights, as `minillm.decode` makes them."""
+    weights = int8_weights(model)
+    sizes = (CONFIG.hidden_size, CONFIG.intermediate_size)
+    inputs = {size: torch.randn(1, size, dtype=torch.bfloat16) for size in sizes}
+    start = time.perf_counter()
+    for _ in range(tokens):
+        for weight, scale in weights:
+            torch._weight_int8pack_mm(inputs[weight.shape[1]], weight, scale)
+    return tokens / (time.perf_counter() - start)
+
+
+@cache
+def int8_weights(model: MiniLLM) -> list[tuple[Tensor, Tensor]]:
+    return [quantise(weight) for weight in floor_weights(model)]
+
+
+@cache
 def floor_weights(model: MiniLLM) -> list[Tensor]:
-    if id(model) not in _floor_weights:
-        weights = []
-        for layer in model.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            qkv = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
-            gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
-            weights += [qkv, attention.o_proj.weight, gate_up, mlp.down_proj.weight]
-        _floor_weights[id(model)] = [*weights, model.lm_head.weight]
-    return _floor_weights[id(model)]
-
-
-_floor_weights: dict[int, list[Tensor]] = {}
+    weights = []
+    for layer in model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        qkv = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+        gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+        weights += [qkv, attention.o_proj.weight, gate_up, mlp.down_proj.weight]
+    return [*weights, model.lm_head.weight]
 
 
 def our_rate(generator: TextGenerator, ids: Tensor, tokens: int) -> float:
