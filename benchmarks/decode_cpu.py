@@ -2,7 +2,7 @@
 
 One model of 28 million parameters, the same weights everywhere, batch 1, greedy, fp32, after a prompt of 128 tokens:
 
-- floor: the weights of a step, streamed through bare `F.linear` calls, with nothing between them; and the same in 8 bits;
+- floor: the weights of a step, streamed through bare `F.linear` calls, with nothing between; and the same in 8 bits;
 - ours: `TextGenerator`, and with weights="int8";
 - transformers: `generate` of Hugging Face's Llama, with SDPA and its dynamic cache.
 

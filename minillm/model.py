@@ -76,17 +76,24 @@ class MiniLLM(nn.Module):
             options |= {"block_q": flash_block_size, "block_k": flash_block_size}
         if token_mask is not None and not token_mask.all():
             return self._forward_padded(input_ids, token_mask, kv_cache, options, last_token_only)
-        x = self._run(input_ids, kv_cache, options)
-        return self.lm_head(self.norm(x[:, -1:] if last_token_only else x))
+        return self.lm_head(self.norm(self._run(input_ids, kv_cache, options, last_token_only=last_token_only)))
 
-    def _run(self, input_ids: Tensor, kv_cache: KVCache | None, options: dict, counts: list[int] | None = None):
+    def _run(
+        self,
+        input_ids: Tensor,
+        kv_cache: KVCache | None,
+        options: dict,
+        counts: list[int] | None = None,
+        last_token_only: bool = False,
+    ) -> Tensor:
         """The residual stream after all layers; with `counts`, only the first tokens of each row are real."""
         past = [0] * len(input_ids) if kv_cache is None else kv_cache.lengths
         x, cos, sin = self._embed(input_ids, past)
         memory = None if kv_cache is None else Memory(kv_cache, past, counts)
         try:
-            for layer in self.layers:
+            for layer in self.layers[:-1]:
                 x = layer(x, cos, sin, options, memory)
+            x = self.layers[-1](x, cos, sin, options, memory, last_token_only)
         except BaseException:  # a Ctrl-C too: no layer may hold more than the others
             if kv_cache is not None:
                 kv_cache.truncate(past)
@@ -168,7 +175,7 @@ class Memory:
             return attention(q, keys, values, causal=True, **options)
         out = torch.zeros_like(q)
         for row, past in enumerate(self.past):
-            count = q.shape[1] if self.counts is None else self.counts[row]
+            count = k.shape[1] if self.counts is None else self.counts[row]
             one, new, held = slice(row, row + 1), slice(count), slice(past + count)
             out[one, new] = attention(q[one, new], keys[one, held], values[one, held], causal=True, **options)
         return out
@@ -184,8 +191,17 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, options: dict, memory: Memory | None = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, options, memory)
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        options: dict,
+        memory: Memory | None = None,
+        last_token_only: bool = False,
+    ) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, options, memory, last_token_only)
+        x = (x[:, -1:] if last_token_only else x) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -203,8 +219,18 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_width, bias=False)
         self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, options: dict, memory: Memory | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        options: dict,
+        memory: Memory | None = None,
+        last_token_only: bool = False,
+    ) -> Tensor:
         q, k, v = self.project(x, cos, sin)
+        if last_token_only:  # of the last layer nobody asks for more: its keys are needed, its other queries are not
+            q = q[:, -1:]
         if memory is None:
             out = attention(q, k, v, causal=True, **options)
         else:

@@ -87,6 +87,24 @@ def test_padding_changes_nothing_without_a_cache_either():
             assert torch.equal(last[i, 0], logits[i, mask[i]][-1])
 
 
+@pytest.mark.parametrize("options", BACKENDS.values(), ids=BACKENDS)
+@torch.no_grad()
+def test_the_last_token_only_has_the_same_logits_and_leaves_the_same_cache(options):
+    model, ids = random_model(), random_ids(2, LENGTH)
+    expected = uncached(model, ids)
+    whole, cache = KVCache(model.config, 2), KVCache(model.config, 2)
+    model(ids[:, :9], whole, **options), model(ids[:, :9], cache, last_token_only=True, **options)
+    assert torch.equal(whole.buffer, cache.buffer)
+    cache.truncate([9, 4])
+    last = model(ids[:, 9:], cache, last_token_only=True, **options)
+    for row, length in enumerate((9, 4)):  # rows of different lengths too
+        alone = uncached(model, torch.cat([ids[row, :length], ids[row, 9:]])[None])
+        assert_within_budget(last[row], alone["naive"][0, -1:], alone["reference"][0, -1:], multiple=8)
+    for cache in (None, KVCache(model.config, 2)):
+        last = model(ids, cache, last_token_only=True, **options)
+        assert_within_budget(last, expected["naive"][:, -1:], expected["reference"][:, -1:], multiple=8)
+
+
 @torch.no_grad()
 def test_a_full_hit_needs_the_last_token_once_more_to_know_what_comes_next():
     model, ids = random_model(), random_ids(2, LENGTH)
