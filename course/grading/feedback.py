@@ -32,6 +32,8 @@ def annotated(unit: Unit, result: Result) -> NotebookNode:
     notebook = nbformat.from_dict(unit.release)
     notebook.cells = [_head(result)]
     for released in unit.release.cells:
+        if released.metadata.get("jupyter", {}).get("source_hidden"):
+            continue  # it fetches the course on Colab
         cell = v4.new_code_cell(released.source) if released.cell_type == "code" else v4.new_markdown_cell()
         cell.update(source=released.source, metadata=nbformat.from_dict(released.metadata), id=released.id)
         if is_answer(released):
