@@ -39,15 +39,12 @@ class Config(NamedTuple):
     def shared_bytes(self, kernel: str, headdim: int, itemsize: int) -> int:
         """An upper bound of the shared memory that a program needs.
 
-        The tiles that stay (the backward has two, and two of the size of the scores), those that come by, a pair in
-        each stage, and 2 KiB for barriers and small rows.
+        The tiles that stay, of which the backward has two; those that come by, a pair in each stage, and in the
+        backward one pair more, which are turned there; and 2 KiB for barriers and small rows.
         """
         staying, passing = (self.block_k, self.block_q) if kernel == "backward_kv" else (self.block_q, self.block_k)
-        rows = staying + 2 * self.stages * passing
-        scores = 0
-        if kernel != "forward":
-            rows, scores = rows + staying, 2 * self.block_q * self.block_k
-        return (rows * padded(headdim) + scores) * itemsize + 2048
+        more = 0 if kernel == "forward" else staying + 2 * passing
+        return (staying + 2 * self.stages * passing + more) * padded(headdim) * itemsize + 2048
 
 
 def padded(headdim: int) -> int:
