@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 from IPython.display import display
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
@@ -22,6 +26,7 @@ Q, K, V = "#0068A8", "#B84A00", "#00734F"
 P, O = "#9B3F7C", "#333333"  # scores and probabilities; the output
 GREY = "#6B6B6B"
 RUNNING = "#00798C"  # what a walk carries along: m
+UNSEEN = "#F2F2F2"  # what a mask hides
 PROBABILITY = LinearSegmentedColormap.from_list("probability", ["#FFFFFF", "#E3B5D2", P, "#3D0F2E"])
 METHODS = (("#B2182B", "o"), ("#00798C", "s"), ("#8A6D00", "^"), ("#111111", "D"))  # to tell methods apart
 
@@ -39,11 +44,30 @@ plt.rcParams.update(
 
 
 def show(figure: Figure, alt: str) -> None:
-    """Shows a figure as a PNG with a text for those who cannot see it, and closes it."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
+    """Shows a figure as a picture with a text for those who cannot see it, and closes it."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
     plt.close(figure)
-    display({"image/png": picture.getvalue(), "text/plain": alt}, raw=True, metadata={"image/png": {"alt": alt}})
+    data, metadata = picture(_few_colours(png), alt)
+    display(data, raw=True, metadata=metadata)
+
+
+def picture(png: bytes, alt: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A PNG as a MIME bundle with its metadata.
+
+    JupyterLab and nbconvert show an `image/png` without its alt text, and text/html before it. What shows no HTML, such
+    as an export to LaTeX, takes the plain picture.
+    """
+    source = base64.b64encode(png).decode()
+    img = f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{source}">'
+    return {"text/html": img, "image/png": png, "text/plain": alt}, {"image/png": {"alt": alt}}
+
+
+def _few_colours(png: io.BytesIO) -> bytes:
+    """The same with a palette of 256 colours, which a plot does not fill: a third of the bytes."""
+    smaller = io.BytesIO()
+    Image.open(png).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(smaller, "PNG", optimize=True)
+    return smaller.getvalue()
 
 
 def gpu_table() -> Table:
@@ -111,7 +135,7 @@ def masks(panels: dict[str, Tensor]) -> Figure:
     figure, axes = plt.subplots(1, len(panels), figsize=(3.1 * len(panels), 2.6))
     for axis, (title, mask) in zip(axes, panels.items(), strict=True):
         rows, columns = mask.shape
-        axis.imshow(mask, cmap=PROBABILITY, vmin=0, vmax=1.6, aspect="equal")
+        axis.imshow(mask, cmap=ListedColormap([UNSEEN, P]), vmin=0, vmax=1, aspect="equal")
         axis.set_title(title, fontsize=10)
         axis.set(xlabel="key", ylabel="query", xticks=range(columns), yticks=range(rows))
         axis.set_xticks([x - 0.5 for x in range(columns + 1)], minor=True)
@@ -225,7 +249,7 @@ def lines(curves: dict[str, tuple[Sequence[float], Sequence[float]]], xlabel: st
 def tile_map(visibility: Visibility, block_q: int, block_k: int) -> Figure:
     """The score matrix in tiles: visited whole, visited and masked, or skipped."""
     figure, axes = plt.subplots(figsize=(6.4, 4.4))
-    looks = {"visited": P, "visited, masked": "#D9A5C6", "skipped": "#F2F2F2"}
+    looks = {"visited": P, "visited, masked": "#D9A5C6", "skipped": UNSEEN}
     for queries in tiles(visibility.seqlen_q, block_q):
         for keys in tiles(visibility.seqlen_k, block_k):
             whole = "visited" if visibility.sees_all(queries, keys) else "visited, masked"

@@ -18,6 +18,8 @@ MACHINE_PATH = re.compile(
     r"(?<![\w.-])/(?:home|root|work|Users|tmp|private/var|var/folders)/[\w.]|\b[A-Z]:\\{1,2}(?:Users|Temp|Windows)\b"
 )
 
+ENCODED_PICTURE = re.compile(r"data:image/\w+;base64,[\w+/=]+")
+
 
 def machine_paths(text: str) -> list[str]:
     """The paths in a text that exist on one machine only, each with what follows it."""
@@ -66,7 +68,7 @@ def texts(value: object) -> Iterator[str]:
     elif isinstance(value, dict):
         for name, item in value.items():
             if not name.startswith("image/") or name == "image/svg+xml":
-                yield from texts(item)
+                yield from (ENCODED_PICTURE.sub("", text) for text in texts(item))
 
 
 def repository_files(root: Path) -> list[Path]:

@@ -28,7 +28,7 @@ from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
 from course import figures
-from course.figures import GREY, K, O, P, Q, V
+from course.figures import GREY, RUNNING, K, O, P, Q, V
 from minillm.attention.masks import Visibility, tiles
 from minillm.attention.online import OnlineSoftmax
 from minillm.attention.tiled import Tiling, tiled_forward
@@ -208,8 +208,8 @@ class Explorer(VBox):
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         png = bytes(self.picture.value)  # the trait holds a memoryview, which JSON would list number by number
-        data = {**super()._repr_mimebundle_(**kwargs), "image/png": png, "text/plain": self.alt}
-        return data, {"image/png": {"alt": self.alt}}
+        data, metadata = figures.picture(png, self.alt)
+        return {**super()._repr_mimebundle_(**kwargs), **data}, metadata
 
 
 class _Stage:
@@ -298,7 +298,7 @@ def _score_row(axes: Axes, scores: Tensor) -> tuple[list[Rectangle], Line2D]:
     bars = axes.bar(range(len(scores)), scores.masked_fill(~scores.isfinite(), 0).tolist(), width=0.6)
     for i in torch.nonzero(~scores.isfinite()).flatten().tolist():
         axes.text(i, 0, "−∞", color=GREY, ha="center", va="bottom", fontsize=8)
-    (maximum,) = axes.plot([], [], color=O, linewidth=2, drawstyle="steps-post")
+    (maximum,) = axes.plot([], [], color=RUNNING, linewidth=2, drawstyle="steps-post")
     low, high = min(0.0, visible.min().item()), max(0.0, visible.max().item())
     axes.set(xlim=(-0.7, len(scores) - 0.3), ylim=(low - 0.08 * (high - low), high + 0.08 * (high - low)), xticks=[])
     return list(bars), maximum

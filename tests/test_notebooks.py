@@ -86,8 +86,9 @@ def test_a_machine_path_is_a_fault_in_an_output_and_in_a_source(stored, path):
 
 
 def test_a_picture_is_not_searched_for_paths(stored):
-    cell = code_cell()
-    cell["outputs"].append({"output_type": "display_data", "metadata": {}, "data": {"image/png": "+/" + "tmp/abc"}})
+    cell, encoded = code_cell(), "+/" + "tmp/abc"
+    data = {"image/png": encoded, "text/html": f'<img alt="any" src="data:image/png;base64,{encoded}">'}
+    cell["outputs"].append({"output_type": "display_data", "metadata": {}, "data": data})
     assert stored(cell) == []
 
 

@@ -1,5 +1,6 @@
 """The widgets without a front end: each control moves the picture, and what the picture counts is true."""
 
+import base64
 import html
 
 import pytest
@@ -74,6 +75,8 @@ def test_a_front_end_gets_the_widget_and_a_page_gets_its_picture_with_alt_text(w
     assert data[VIEW]["model_id"] == widget.model_id
     assert isinstance(data["image/png"], bytes) and data["image/png"] == widget.picture.value
     assert metadata["image/png"]["alt"] == data["text/plain"] == widget.alt
+    encoded = base64.b64encode(widget.picture.value).decode()
+    assert data["text/html"] == f'<img alt="{html.escape(widget.alt)}" src="data:image/png;base64,{encoded}">'
     assert len(widget.alt) > 20
 
 

@@ -19,9 +19,10 @@ QUIET = 5  # seconds without a running cell: after an error JupyterLab runs no m
 REACTION = 20  # seconds that a picture may take to follow its control, on a busy machine
 EDGE = 2  # pixels: a width is rounded
 
+# textContent, because the innerText of what is not in view may be empty.
 PROMPTS = """cells => cells
-    .filter(cell => cell.querySelector('.cm-content')?.innerText.trim() !== '')
-    .map(cell => cell.querySelector('.jp-InputPrompt').innerText)"""
+    .filter(cell => cell.querySelector('.cm-content')?.textContent.trim() !== '')
+    .map(cell => cell.querySelector('.jp-InputPrompt').textContent)"""
 
 # The words and the pixels of a widget's output. What a slider shows beside itself is no output.
 LOOK = """widget => {
@@ -31,7 +32,7 @@ LOOK = """widget => {
         canvas.getContext('2d').drawImage(img, 0, 0);
         return canvas.toDataURL();
     });
-    return [...widget.querySelectorAll('.widget-html')].map(text => text.innerText).concat(pixels).join(' ');
+    return [...widget.querySelectorAll('.widget-html')].map(text => text.textContent).concat(pixels).join(' ');
 }"""
 
 
@@ -63,6 +64,8 @@ class Lab:
         notebook = Notebook(self.page.locator(".jp-NotebookPanel:not(.lm-mod-hidden)"), self.root / path)
         # Before the kernel is there, JupyterLab drops what is run without a word.
         self.page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for()
+        # Starting, and closing what was open before, are JupyterLab's own affair, except where they go.
+        self.faults = [fault for fault in self.faults if fault.startswith("request")]
         return notebook
 
     def close_notebook(self) -> None:
@@ -124,16 +127,33 @@ class Notebook:
         """What stands beside each cell that has text: [ ]: before it is run, then [*]: and then its number."""
         return self.code_cells.evaluate_all(PROMPTS)
 
-    def errors(self) -> list[str]:
-        """The errors among its outputs, as they are saved. (On the page an error looks like any text on stderr.)"""
+    def read_through(self) -> None:
+        """Scrolls to each cell: JupyterLab draws an output when it comes into view, and keeps it."""
+        for cell in self.code_cells.all():
+            cell.scroll_into_view_if_needed()
+
+    def saved_outputs(self) -> list[dict]:
+        """Saves it, and reads the outputs of its cells from the file."""
         self.panel.page.keyboard.press("Control+s")
         self.panel.page.locator(".lm-DockPanel-tabBar .lm-mod-current.jp-mod-dirty").wait_for(state="detached")
         cells = json.loads(self.path.read_text(encoding="utf-8"))["cells"]
-        outputs = [output for cell in cells for output in cell.get("outputs", [])]
-        return [f"{output['ename']}: {output['evalue']}" for output in outputs if output["output_type"] == "error"]
+        return [output for cell in cells for output in cell.get("outputs", [])]
+
+    def errors(self) -> list[str]:
+        """The errors among its outputs. (On the page an error looks like any text on stderr.)"""
+        errors = [output for output in self.saved_outputs() if output["output_type"] == "error"]
+        return [f"{error['ename']}: {error['evalue']}" for error in errors]
 
     def pictures(self) -> list[Locator]:
         return self.panel.locator(".jp-OutputArea-output img").all()
+
+    def without_alt_text(self) -> list[str]:
+        """The pictures that say nothing to who cannot see them. (The words of a widget stand under its picture.)"""
+        pictures = [
+            picture for picture in self.pictures() if "widget-image" not in (picture.get_attribute("class") or "")
+        ]
+        texts = [picture.get_attribute("alt") for picture in pictures]
+        return [f"picture {n}" for n, text in enumerate(texts, start=1) if text in (None, "", "Image")]
 
     def widgets(self) -> list[Widget]:
         """The outputs that have controls."""
@@ -153,16 +173,16 @@ class Notebook:
     def run(self, cell: Locator) -> None:
         """Runs one cell with Control + Enter."""
         prompt = cell.locator(".jp-InputPrompt")
-        before = prompt.inner_text()
+        before = prompt.text_content()
         cell.locator(".cm-content").click()
         self.panel.page.keyboard.press("Control+Enter")
-        wait_for(lambda: prompt.inner_text() not in (before, "[*]:"), CELL_TIMEOUT, "the cell")
+        wait_for(lambda: prompt.text_content() not in (before, "[*]:"), CELL_TIMEOUT, "the cell")
 
     def shown_by(self, cell: Locator) -> str:
         """The text of a cell's output, which JupyterLab draws when it comes into view."""
         cell.scroll_into_view_if_needed()
         cell.locator(".jp-OutputArea-output").first.wait_for()
-        return "\n".join(cell.locator(".jp-OutputArea-output").all_inner_texts())
+        return "\n".join(cell.locator(".jp-OutputArea-output").all_text_contents())
 
     def cut_off(self) -> list[str]:
         """The pictures that are not there, or reach beyond the page."""

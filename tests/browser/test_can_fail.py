@@ -23,13 +23,14 @@ def faulty(lab, course_copy):
     nbformat.write(notebook, course_copy / "notebooks" / "faulty.ipynb")
     opened = lab.open((course_copy / "notebooks" / "faulty.ipynb").relative_to(course_copy))
     lab.run_all(opened)
+    opened.read_through()
     yield opened
     lab.close_notebook()
 
 
 def test_an_error_a_missing_picture_a_message_a_request_and_a_dead_control_are_found(faulty, lab, monkeypatch):
     assert faulty.errors() == ["ZeroDivisionError: division by zero"]
-    assert faulty.cut_off() == ["picture 1"]
+    assert faulty.cut_off() == faulty.without_alt_text() == ["picture 1"]
     faults = lab.take_faults()
     assert "request: https://example.org/elsewhere.png" in faults and "console: planted" in faults
 

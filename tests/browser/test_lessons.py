@@ -19,12 +19,22 @@ def lesson(request, lab):
 
 # One test, because a lesson is long to run: once is enough.
 def test_a_lesson_runs_its_widgets_follow_their_controls_and_nothing_leaves_this_machine(lesson, lab):
+    cells = json.loads(lesson.path.read_text(encoding="utf-8"))["cells"]
+    pictures = [output for cell in cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+    with_widgets = [cell for cell in cells if cell["cell_type"] == "code" and "widgets." in "".join(cell["source"])]
+
+    lesson.read_through()
+    assert len(lesson.pictures()) >= len(pictures), "a picture is missing, as it is stored"
+    assert not lesson.without_alt_text(), "as it is stored"
     lab.run_all(lesson)
+    lesson.read_through()
     assert "[ ]:" not in lesson.prompts(), "not every cell was run"
     assert not lesson.errors()
+    assert len(lesson.pictures()) >= len(pictures), "a picture is missing"
+    assert not lesson.without_alt_text()
 
     widgets = lesson.widgets()
-    assert len(widgets) >= len(cells_with_a_widget(lesson.path)), "a widget shows no controls"
+    assert len(widgets) >= len(with_widgets), "a widget shows no controls"
     for widget in widgets:
         widget.controls[0].locator(FOCUSABLE).first.focus()
         for number, control in enumerate(widget.controls):
@@ -38,8 +48,3 @@ def test_a_lesson_runs_its_widgets_follow_their_controls_and_nothing_leaves_this
         with lab.width(width):
             assert not lesson.cut_off(), f"at {width} pixels"
     assert not lab.take_faults()
-
-
-def cells_with_a_widget(path):
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return [cell for cell in cells if cell["cell_type"] == "code" and "widgets." in "".join(cell["source"])]
