@@ -18,6 +18,7 @@ import time
 from functools import cache
 from itertools import islice
 from statistics import median
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ from minillm.cache import KVCache
 from minillm.checkpoint import to_transformers
 from minillm.decode import quantise
 from minillm.generate import TextGenerator
+from minillm.model import Block
 
 CONFIG = ModelConfig(
     vocab_size=4096,
@@ -61,6 +63,7 @@ def main() -> None:
 
 def measure_decode(model: MiniLLM, rounds: int, tokens: int) -> dict:
     theirs = to_transformers(model).eval()
+    same, int8 = TextGenerator(model), TextGenerator(model, weights="int8")
     ids = prompt(PROMPT)
     runs = {
         "floor": lambda: floor_rate(model, tokens),
@@ -69,7 +72,6 @@ def measure_decode(model: MiniLLM, rounds: int, tokens: int) -> dict:
         "ours, int8": lambda: our_rate(int8, ids, tokens),
         "transformers": lambda: their_rate(theirs, ids, tokens),
     }
-    same, int8 = TextGenerator(model), TextGenerator(model, weights="int8")
     results = take_turns(runs, rounds)
     print(f"decode after {PROMPT} tokens: tokens/s, median of {rounds} turns (eight of ten lie between)")
     for name, figures in results.items():
@@ -84,8 +86,8 @@ def measure_decode(model: MiniLLM, rounds: int, tokens: int) -> dict:
             ("ours, int8", "transformers"),
         )
     }
-    for name, figures in ratios.items():
-        print(f"  {name:26} {in_words(figures, '5.2f')}")
+    for name, quotient in ratios.items():
+        print(f"  {name:26} {in_words(quotient, '5.2f')}")
     return {"tokens per second": {name: spread(figures) for name, figures in results.items()}, "ratios": ratios}
 
 
@@ -184,8 +186,8 @@ def int8_weights(model: MiniLLM) -> list[tuple[Tensor, Tensor]]:
 @cache
 def floor_weights(model: MiniLLM) -> list[Tensor]:
     weights = []
-    for layer in model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
+    for block in cast("list[Block]", model.layers):
+        attention, mlp = block.self_attn, block.mlp
         qkv = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
         gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
         weights += [qkv, attention.o_proj.weight, gate_up, mlp.down_proj.weight]

@@ -6,7 +6,7 @@ import json
 import platform
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def take_turns(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def take_turns(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Calls each run once a round, so that a noisy minute hits all of them; the first round warms up.
 
     Args:
