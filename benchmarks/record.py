@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import re
-import subprocess
 from collections.abc import Callable, Mapping
 from datetime import date
 from importlib.metadata import version
@@ -14,7 +13,7 @@ from statistics import median, quantiles
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.machine import ROOT, commit
 
 
 def take_turns(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -46,15 +45,13 @@ def ratio(results: dict[str, list[float]], name: str, to: str) -> dict[str, floa
 
 def save(name: str, figures: dict) -> Path:
     """Writes benchmarks/results/<machine>/<name>.json with device, versions, date and commit."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    dirty = subprocess.run(["git", "status", "--porcelain", "minillm"], cwd=ROOT, capture_output=True, text=True).stdout
     where = {
         "device": device(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in ("torch", "transformers")},
         "date": f"{date.today()}",
-        "commit": commit.strip() + (" and changes" if dirty else ""),
+        "commit": commit(),
     }
     path = ROOT / "benchmarks" / "results" / re.sub(r"[^a-z0-9]+", "-", device().lower()).strip("-") / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
