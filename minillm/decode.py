@@ -93,7 +93,7 @@ class Decoder:
 
     def _normed(self, weight: Matrix, out: Tensor) -> Tensor:
         """RMSNorm(x) @ weight. The norm divides a row by one number, and a product can be divided afterwards."""
-        if self.batch_size == 1 and isinstance(weight, Tensor):  # BLAS takes such a number along for nothing
+        if self._one_row and isinstance(weight, Tensor):  # BLAS takes such a number along for nothing
             mean_square = torch.dot(self._row, self._row).item() / self.config.hidden_size
             alpha = (mean_square + self.config.rms_norm_eps) ** -0.5
             return torch.addmm(out, self._x, weight, beta=0, alpha=alpha, out=out)
@@ -136,6 +136,7 @@ class Decoder:
 
         self._x = buffer(self.config.hidden_size)
         self._row = self._x[0]
+        self._one_row = batch_size == 1 and not self._x.is_cuda  # on a GPU, to read the number would be to wait
         self._logits = buffer(self.config.vocab_size)
         self._gate_up = buffer(2 * self.config.intermediate_size)
         self._gate, self._up = self._gate_up.chunk(2, -1)
