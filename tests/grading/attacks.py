@@ -452,7 +452,10 @@ ON_TILING = {
         "puts another program in its place, which sends the result and has used little memory itself",
         answer="""
             import os, pickle, sys
-            SENDER = "import os, sys; data = os.read(int(sys.argv[2]), 1 << 20); os.write(int(sys.argv[1]), data)"
+            SENDER = (
+                "import os, sys, time; os.set_blocking(int(sys.argv[1]), True);"
+                "[os.write(int(sys.argv[1]), os.read(int(sys.argv[2]), 1 << 16)) for _ in range(64)]; time.sleep(5)"
+            )
             def grad_q(q, k, v, out, lse, grad_out, block_q, block_k):
                 import fcntl, protocol, struct, json
                 scores = (q @ k.T * q.shape[1] ** -0.5 - lse[:, None]).exp().tril()

@@ -105,10 +105,12 @@ def points(result: dict) -> float:
 
 def everything_said(result: dict) -> str:
     words = [verdict["words"] for verdict in result["verdicts"]]
-    return "\n".join([*words, *(f"{cell['output']}\n{cell['error']}" for cell in result["cells"])])
+    said = [*words, *(f"{cell['output']}\n{cell['error']}" for cell in result["cells"])]
+    return "\n".join(" ".join(text.split()) for text in said)
 
 
 def summary(result: dict, attack: Attack) -> str:
-    """The line in which the attack was stopped, or else the first complaint."""
+    """The words with which the attack was stopped, or else the first complaint."""
     lines = everything_said(result).splitlines()
-    return next((line for line in lines if attack.says in line), lines[-1]).strip()[:150]
+    line = next((line for line in lines if attack.says in line), lines[0])
+    return line[max(0, line.find(attack.says) - 40) :][:140]
