@@ -171,7 +171,7 @@ class StudentProcess:
         try:
             result = decode(reply.get("returned"), blob)
         except ProtocolError as error:
-            self._lose(f"`{name}` sent something that is no result ({plain(str(error), 200)})")
+            raise AnswerRaised(f"`{name}` sent something that is no result ({plain(str(error), 200)})") from None
         return result, max(0, peak - min(before, self._at_start + OWN_MEMORY) - sent)
 
     def _exchange(
