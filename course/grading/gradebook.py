@@ -119,10 +119,11 @@ def _open(database: Path) -> Iterator[Any]:
     # nbgrader asks the program `alembic`, which is beside this Python, for the version of its tables.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     from nbgrader.api import Gradebook
-    from sqlalchemy.exc import SAWarning
 
-    warnings.simplefilter("ignore", SAWarning)  # about the order in which nbgrader links its objects
-    with closing(Gradebook(f"sqlite:///{database.resolve()}", course_id="minillm")) as book:
+    with (
+        closing(Gradebook(f"sqlite:///{database.resolve()}", course_id="minillm")) as book,
+        warnings.catch_warnings(action="ignore"),  # of SQLAlchemy, about the order in which nbgrader links its objects
+    ):
         yield book
         book.engine.dispose()
 

@@ -25,10 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from IPython.core.compilerop import CachingCompiler
+from IPython.core.history import HistoryManager
 from IPython.core.interactiveshell import InteractiveShell
 from protocol import Channel, NotAValue, decode, encode
-from traitlets import Type
-from traitlets.config import Config
 
 OUTPUT = 10_000  # characters of a cell's output that are kept
 CANDIDATES = 3  # definitions of a function that are tried, the last ones
@@ -67,9 +66,8 @@ class Notebook:
     """
 
     def __init__(self) -> None:
-        settings = Config()
-        settings.HistoryManager.enabled = False
-        self.shell = Shell.instance(config=settings)
+        self.shell = Shell.instance()
+        self.shell.compile = Compiler()
         self.cell = 0
         self.candidates: dict[str, list[tuple[int, Callable]]] = {}
 
@@ -125,7 +123,8 @@ class Compiler(CachingCompiler):
 class Shell(InteractiveShell):
     """IPython as in a notebook, magics included, without a screen."""
 
-    compiler_class = Type(Compiler)
+    def init_history(self) -> None:
+        self.history_manager = HistoryManager(shell=self, parent=self, enabled=False)
 
     def enable_gui(self, gui: Any = None) -> None:  # %matplotlib inline
         pass

@@ -31,7 +31,7 @@ CELLS = [
     "def divide(x):\n    y = 0\n    return x / 0 if y else 1 / y",
     "def leave(x):\n    raise SystemExit(3)",
     "def hang(x):\n    time.sleep(100)",
-    "def write(x):\n    open('/tmp/file', 'w').write('x' * 10_000)",
+    "def write(x):\n    open('file', 'w').write('x' * 10_000)",
     "def start(x):\n    threading.Thread(target=print).start()",
     "def changes(x):\n    x.zero_()\n    return x",
     "print('some words')\n1 / 0",
