@@ -127,10 +127,15 @@ class Notebook:
         """What stands beside each cell that has text: [ ]: before it is run, then [*]: and then its number."""
         return self.code_cells.evaluate_all(PROMPTS)
 
-    def read_through(self) -> None:
-        """Scrolls to each cell: JupyterLab draws an output when it comes into view, and keeps it."""
-        for cell in self.code_cells.all():
-            cell.scroll_into_view_if_needed()
+    def read_through(self, pictures: int) -> None:
+        """Scrolls to each cell until that many pictures are there: JupyterLab draws what comes into view."""
+
+        def drawn() -> bool:
+            for cell in self.code_cells.all():
+                cell.scroll_into_view_if_needed()
+            return len(self.pictures()) >= pictures
+
+        wait_for(drawn, NOTEBOOK_TIMEOUT, f"{pictures} pictures")
 
     def saved_outputs(self) -> list[dict]:
         """Saves it, and reads the outputs of its cells from the file."""

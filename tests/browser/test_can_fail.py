@@ -23,7 +23,7 @@ def faulty(lab, course_copy):
     nbformat.write(notebook, course_copy / "notebooks" / "faulty.ipynb")
     opened = lab.open((course_copy / "notebooks" / "faulty.ipynb").relative_to(course_copy))
     lab.run_all(opened)
-    opened.read_through()
+    opened.read_through(1)
     yield opened
     lab.close_notebook()
 
