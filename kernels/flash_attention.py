@@ -221,7 +221,8 @@ def _forward(
     q, k, v, narrow = _ready(q, k, v)
     out, lse = q.new_empty(q.shape), _empty_lse(q)
     call = Call(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, left, right, softcap)
-    call.forward(q, k, v, out, lse)
+    with torch.cuda.device_of(q):  # Triton launches on the current device, which need not be the tensors'
+        call.forward(q, k, v, out, lse)
     return out.to(narrow), lse
 
 
@@ -251,7 +252,8 @@ def _backward(
     q, k, v, grad_out, out, narrow = _ready(q, k, v, grad_out, out)
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     call = Call(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, left, right, softcap)
-    call.backward(q, k, v, out, lse, grad_out, grad_lse.contiguous(), grad_q, grad_k, grad_v)
+    with torch.cuda.device_of(q):
+        call.backward(q, k, v, out, lse, grad_out, grad_lse.contiguous(), grad_q, grad_k, grad_v)
     return grad_q.to(narrow), grad_k.to(narrow), grad_v.to(narrow)
 
 
