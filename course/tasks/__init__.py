@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 from rich.table import Table
 
-from course.tasks import kv_cache, naive_attention, online_softmax, tiling
+from course.tasks import kv_cache, naive_attention, online_softmax, tiling, triton_flash_attention
 from course.tasks import progress as _progress
 from course.tasks.task import Case, NotYet, Report, Task, fresh_inputs, run
 
 __all__ = ["TASKS", "Case", "NotYet", "Report", "Task", "check", "fresh_inputs", "progress"]
 
-UNITS = (naive_attention, online_softmax, tiling, kv_cache)
+UNITS = (naive_attention, online_softmax, tiling, kv_cache, triton_flash_attention)
 TASKS: dict[str, Task] = {task.name: task for unit in UNITS for task in unit.TASKS}
 
 

@@ -1,0 +1,220 @@
+"""Unit 05: the inner loops of a Triton kernel, forward and backward. `triton_programs` has what is around them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor
+
+from course.tasks.judge import Mistake, compare, counted
+from course.tasks.task import Case, Task
+
+BLOCK = 16  # queries and keys in a tile, as in `triton_programs`
+ROWS = {"out": ("query", "dim")}
+GRADS = {"grad_k": ("key", "dim"), "grad_v": ("key", "dim")}
+
+
+def forward_case(n_q: int, n_k: int, *, causal: bool = False, times: float = 1, rising: bool = False, asks: str = ""):
+    """One head, d = 16; q is multiplied by `times`; with `rising`, each score is larger than the last."""
+
+    def judge(function: Callable, generator: Generator) -> None:
+        q, k, v = _inputs(n_q, n_k, generator)
+        if rising:
+            towards = torch.nn.functional.normalize(torch.randn(16, generator=generator), dim=0)
+            q, k = 4 * towards + q / 10, towards * torch.linspace(-4, 4, n_k)[:, None] + k / 100
+        nan = "is a key that nobody sees −∞ minus −∞ somewhere, or l still 0?"
+        inputs = (q * times, k, v, causal)
+        compare(function, inputs, _exact, results=ROWS, mistakes=FORWARD_MISTAKES, asks=asks, nan=nan, times=times)
+
+    kind = ("causal" if causal else "no mask") + (", rising scores" if rising else f", scores × {times:g}")
+    return Case(f"{_lengths(n_q, n_k)}, {kind.removesuffix(', scores × 1')}", judge)
+
+
+def backward_case(n_q: int, n_k: int, *, causal: bool = False, asks: str = "") -> Case:
+    def judge(function: Callable, generator: Generator) -> None:
+        q, k, v = _inputs(n_q, n_k, generator)
+        grad_out = torch.randn(n_q, 16, generator=generator)
+        inputs = (q, k, v, grad_out, causal)
+        compare(
+            function, inputs, _exact_grads, results=GRADS, mistakes=BACKWARD_MISTAKES, asks=asks, nan=NAN_GRAD, factor=3
+        )
+
+    return Case(f"{_lengths(n_q, n_k)}, {'causal' if causal else 'no mask'}", judge)
+
+
+NAN_GRAD = "exp overflows where a hidden key is not masked, or where lse is not subtracted"
+
+
+def _lengths(n_q: int, n_k: int) -> str:
+    return f"{counted(n_q, 'query', 'queries')}, {counted(n_k, 'key')}"
+
+
+def _inputs(n_q: int, n_k: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (torch.randn(n, 16, generator=generator) for n in (n_q, n_k, n_k))
+    return q, k, v
+
+
+def _masked_scores(q: Tensor, k: Tensor, causal: bool, shift: int = 0, scale: float | None = None) -> Tensor:
+    scores = q @ k.T * (q.shape[1] ** -0.5 if scale is None else scale)
+    if causal:
+        hidden = ~torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q) + shift)
+        scores = scores.masked_fill(hidden, -torch.inf)
+    return scores
+
+
+def _exact(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    return _masked_scores(q, k, causal).softmax(-1) @ v
+
+
+def _walk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    *,
+    scale: float | None = None,
+    shift: int = 0,
+    base: float = math.e,
+    rescale_acc: bool = True,
+    rescale_l: bool = True,
+    padded: bool = False,
+    whole: bool = False,
+) -> Tensor:
+    """The loop over tiles of keys, with the options that people get wrong."""
+    n_k = len(k)
+    scores = _masked_scores(q, k, causal, shift, scale)
+    if padded:
+        missing = -n_k % BLOCK
+        scores = torch.cat([scores, scores.new_zeros(len(q), missing)], 1)
+        v = torch.cat([v, v.new_zeros(missing, v.shape[1])])
+    if whole:
+        scores, v = scores[:, : n_k // BLOCK * BLOCK], v[: n_k // BLOCK * BLOCK]
+    m, l = q.new_full((len(q), 1), -torch.inf), q.new_zeros(len(q), 1)
+    acc = torch.zeros_like(q)
+    for j in range(0, scores.shape[1], BLOCK):
+        tile = scores[:, j : j + BLOCK]
+        largest = torch.maximum(m, tile.amax(-1, keepdim=True))
+        zero = largest.masked_fill(largest == -torch.inf, 0)
+        p, rescale = base ** (tile - zero), base ** (m - zero)
+        l = (rescale if rescale_l else 1) * l + p.sum(-1, keepdim=True)
+        acc = (rescale if rescale_acc else 1) * acc + p @ v[j : j + BLOCK]
+        m = largest
+    return (acc / l).nan_to_num()
+
+
+FORWARD_MISTAKES = [
+    Mistake("there is no mask: key j is seen where j ≤ last", lambda q, k, v, _: _walk(q, k, v, False)),
+    Mistake(
+        "there is no mask: the tail is loaded as zeros, and a key of zeros has score 0, not −∞",
+        lambda q, k, v, _: _walk(q, k, v, False, padded=True),
+    ),
+    Mistake("your mask is off by one: a query sees its last key too, j ≤ last", lambda *x: _walk(*x, shift=-1)),
+    Mistake("your mask is off by one: each query sees one key too many", lambda *x: _walk(*x, shift=1)),
+    Mistake(
+        "acc is not rescaled: when the largest score rises, what was summed before must shrink, acc as well as l",
+        lambda *x: _walk(*x, rescale_acc=False),
+    ),
+    Mistake(
+        "l is not rescaled: when the largest score rises, what was summed before must shrink, l as well as acc",
+        lambda *x: _walk(*x, rescale_l=False),
+    ),
+    Mistake(
+        "nothing is rescaled: when the largest score rises, l and acc must shrink",
+        lambda *x: _walk(*x, rescale_acc=False, rescale_l=False),
+    ),
+    Mistake("the scale is forgotten: multiply the scores by it", lambda *x: _walk(*x, scale=1.0)),
+    Mistake(
+        "the exponentials are in base 2: multiply the scores by log2(e) first, or use tl.exp",
+        lambda *x: _walk(*x, base=2),
+    ),
+    Mistake("the last keys are missing: the loop runs to stop, the tail included", lambda *x: _walk(*x, whole=True)),
+]
+
+
+def _exact_grads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad_out: Tensor,
+    causal: bool,
+    *,
+    delta: float = 1,
+    scale: float | None = None,
+    shift: int = 0,
+    normalised: bool = True,
+    dk_of_p: bool = False,
+    dp_of: str = "v",
+) -> tuple[Tensor, Tensor]:
+    """Algorithm 2's formulas for dK and dV, with the options that people get wrong."""
+    right = _masked_scores(q, k, causal)
+    lse = right.logsumexp(-1, keepdim=True)
+    rows = (right - lse).exp() @ v
+    p = (_masked_scores(q, k, causal, shift) - (lse if normalised else 0)).exp()
+    dp = grad_out @ (v if dp_of == "v" else k).T
+    ds = p * (dp - delta * (rows * grad_out).sum(-1, keepdim=True))
+    grad_k = (p if dk_of_p else ds).T @ q * (q.shape[1] ** -0.5 if scale is None else scale)
+    return grad_k, p.T @ grad_out
+
+
+BACKWARD_MISTAKES = [
+    Mistake("δ is forgotten: dS = P ∘ (dP − δ)", lambda *x: _exact_grads(*x, delta=0)),
+    Mistake("δ is added: dS = P ∘ (dP − δ)", lambda *x: _exact_grads(*x, delta=-1)),
+    Mistake("the scale is forgotten: dK = dSᵀ Q · scale", lambda *x: _exact_grads(*x, scale=1.0)),
+    Mistake("the scale is there twice: dK = dSᵀ Q · scale", lambda *x: _exact_grads(*x, scale=1 / x[0].shape[1])),
+    Mistake(
+        "there is no mask: a query before first must not see the key",
+        lambda q, k, v, grad_out, causal: _exact_grads(q, k, v, grad_out, causal, shift=len(k) + len(q)),
+    ),
+    Mistake("your mask is off by one: the query at first sees the key", lambda *x: _exact_grads(*x, shift=-1)),
+    Mistake("your mask is off by one: the query before first does not see it", lambda *x: _exact_grads(*x, shift=1)),
+    Mistake("P is not normalised: P = exp(S − lse)", lambda *x: _exact_grads(*x, normalised=False)),
+    Mistake("dK is made of P: dK = dSᵀ Q · scale", lambda *x: _exact_grads(*x, dk_of_p=True)),
+    Mistake("dP is made of K: dP = dO Vᵀ", lambda *x: _exact_grads(*x, dp_of="k")),
+]
+
+
+TASKS = [
+    Task(
+        "triton_forward",
+        unit="05_triton_flash_attention",
+        minutes=40,
+        difficulty=3,
+        parts={
+            "result": [
+                forward_case(16, 16, asks="one tile of each: scores, softmax, values"),
+                forward_case(32, 64, asks="four tiles of keys: is the online softmax right?"),
+            ],
+            "tail": [
+                forward_case(5, 9, asks="one tile, not full"),
+                forward_case(20, 43, asks="the third tile has 11 keys"),
+            ],
+            "causal": [
+                forward_case(16, 16, causal=True, asks="key j is seen where j ≤ last"),
+                forward_case(20, 37, causal=True, asks="last is a row of numbers, one a query"),
+            ],
+            "numbers": [
+                forward_case(9, 150, rising=True, asks="each tile has a new largest score"),
+                forward_case(17, 40, causal=True, times=30, asks="does it hold for large scores too?"),
+            ],
+        },
+    ),
+    Task(
+        "triton_backward",
+        unit="05_triton_flash_attention",
+        minutes=50,
+        difficulty=4,
+        parts={
+            "result": [
+                backward_case(16, 16, asks="one tile: P = exp(S − lse), dP = dO Vᵀ, dS = P ∘ (dP − δ)"),
+                backward_case(48, 32, asks="is the sum over all tiles of queries there?"),
+            ],
+            "tail": [backward_case(21, 9), backward_case(5, 40)],
+            "causal": [
+                backward_case(16, 16, causal=True, asks="query i sees the key where i ≥ first"),
+                backward_case(20, 37, causal=True, asks="first is a row of numbers, one a key"),
+            ],
+        },
+    ),
+]
