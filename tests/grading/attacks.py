@@ -382,7 +382,7 @@ ON_TILING = {
                     found = []
                     for i in range(0, n, block_k):
                         found.append(x.load(slice(i, i + block_k)))
-                        x._remote.freed += range(100_000)
+                        x._remote.freed += range(1000)
                     return torch.cat(found)
                 queries, keys, values = keep(q), keep(k), keep(v)
                 scores = queries @ keys.T / q.shape[1] ** 0.5
