@@ -26,7 +26,8 @@ from typing import IO
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
-INSIDE = ("protocol.py", "worker.py")  # all of the course that is visible in there
+# All of the course that is visible in there.
+INSIDE = (HERE / "protocol.py", HERE / "worker.py", HERE.parent / "tasks" / "triton_programs.py")
 
 INSTALL = """Grading runs the students' code in a sandbox, and bubblewrap, which makes it, is not installed.
   Debian, Ubuntu:  sudo apt install bubblewrap
@@ -276,8 +277,8 @@ def bubblewrap(command: list[str], user: int | None, seccomp: int | None) -> lis
     for place in _pythons_places():
         line += [*_parents(place), "--ro-bind", str(place), str(place)]
     line += ["--dir", "/grader"]
-    for name in INSIDE:
-        line += ["--ro-bind", str(HERE / name), f"/grader/{name}"]
+    for file in INSIDE:
+        line += ["--ro-bind", str(file), f"/grader/{file.name}"]
     for name, text in _environment("/tmp").items():
         line += ["--setenv", name, text]
     # In the first two is memory without a limit, in the third the switch that resets the measured peak.
@@ -329,6 +330,7 @@ def _environment(home: str) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
+        "TRITON_INTERPRET": "1",
         # Large buffers come from the system and go back to it at once, so that the peak shows each of them.
         "MALLOC_MMAP_THRESHOLD_": str(1 << 17),
         "MALLOC_TRIM_THRESHOLD_": str(1 << 17),
