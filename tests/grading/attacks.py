@@ -80,7 +80,8 @@ ATTACKS = {
         "looks for the solutions, the gradebook, other submissions, the home folder and the environment",
         cell="""
             import os, pathlib
-            print('the course', list(pathlib.Path('COURSE').rglob('*.ipynb')))
+            found = pathlib.Path('COURSE').rglob('*.ipynb')
+            print('the course', [path for path in found if '.venv' not in path.parts])
             for top, _, names in os.walk('/'):
                 if not top.startswith(('/proc', '/usr')) and 'site-packages' not in top:
                     for name in names:
