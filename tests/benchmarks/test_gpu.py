@@ -99,6 +99,14 @@ def test_no_suite_takes_the_time_of_the_next_one():
     assert 15 < machine.deadline - time.monotonic() <= 20
 
 
+@pytest.mark.parametrize("path", lessons.notebooks_with_gpu_cells(), ids=lambda path: path.stem)
+def test_gpu_cells_import_every_name_that_they_use(path):
+    ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "-"]
+    program = "\n".join(lessons.gpu_cells(path))
+    found = subprocess.run(ruff, input=program, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
 def test_gpu_cells_run_in_order_in_one_namespace(tmp_path):
     cells = [
         {"cell_type": "code", "metadata": {"tags": ["gpu"]}, "source": ["x = 1\n", "y = 2"]},
