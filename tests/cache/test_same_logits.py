@@ -84,7 +84,7 @@ def test_padding_changes_nothing_without_a_cache_either():
         for i, row in enumerate(rows):
             expected = uncached(model, row[None])
             assert_within_budget(logits[i, mask[i]][None], **expected)
-            assert torch.equal(last[i, 0], logits[i, mask[i]][-1])
+            assert_within_budget(last[i], expected["naive"][0, -1:], expected["reference"][0, -1:], multiple=8)
 
 
 @pytest.mark.parametrize("options", BACKENDS.values(), ids=BACKENDS)
