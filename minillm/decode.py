@@ -61,8 +61,11 @@ class Decoder:
             logits: (batch, vocab_size). The next step overwrites them.
 
         Raises:
-            ValueError: where a row would pass the model's limit; the cache is then as it was.
+            ValueError: where the cache does not fit, or a row would pass the model's limit; it is then as it was.
         """
+        if token_ids.ndim != 1:
+            raise ValueError(f"token_ids has shape {tuple(token_ids.shape)}, wants (batch,)")
+        kv_cache.check_fits(self.config, len(token_ids), self._embedding)
         if len(token_ids) != self.batch_size:
             self._make_buffers(len(token_ids))
         lengths = kv_cache.lengths

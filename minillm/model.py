@@ -67,9 +67,10 @@ class MiniLLM(nn.Module):
 
         Raises:
             ValueError: when `input_ids` has another shape, is longer than the model or the rest of the cache, or
-                holds an unknown id. The cache is then as it was.
+                holds an unknown id; when `token_mask` or the cache does not fit to it; and for a row without a last
+                token. The cache is then as it was.
         """
-        self._check(input_ids, kv_cache)
+        self._check(input_ids, kv_cache, token_mask, last_token_only)
         backend = attention_backend or ("tiled" if use_flash_attention else "naive")
         options: dict[str, Any] = {"backend": backend}
         if backend == "tiled":
@@ -108,8 +109,6 @@ class MiniLLM(nn.Module):
         counts = token_mask.sum(1)
         x = self._run(input_ids.gather(1, order), kv_cache, options, counts.tolist())
         if last_token_only:
-            if not counts.all():
-                raise ValueError("last_token_only wants at least one token in each row of token_mask")
             return self.lm_head(self.norm(x[torch.arange(len(x)), counts - 1][:, None]))
         logits = self.lm_head(self.norm(x))
         back = order.argsort(1)[..., None].expand_as(logits)
@@ -126,7 +125,7 @@ class MiniLLM(nn.Module):
             One (q, k, v) a layer, after RoPE: q (batch, seqlen, nheads, headdim),
             k and v (batch, seqlen, nheads_k, headdim).
         """
-        self._check(input_ids, None)
+        self._check(input_ids)
         x, cos, sin = self._embed(input_ids, [0] * len(input_ids))
         inputs = []
         for layer in cast("list[Block]", self.layers):
@@ -141,17 +140,30 @@ class MiniLLM(nn.Module):
         cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
         return self.embed_tokens(input_ids), cos, sin
 
-    def _check(self, input_ids: Tensor, kv_cache: KVCache | None) -> None:
+    def _check(
+        self,
+        input_ids: Tensor,
+        kv_cache: KVCache | None = None,
+        token_mask: Tensor | None = None,
+        last_token_only: bool = False,
+    ) -> None:
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, wants (batch, seqlen)")
-        if kv_cache is not None and kv_cache.batch_size != len(input_ids):
-            raise ValueError(f"input_ids has {len(input_ids)} rows, kv_cache {kv_cache.batch_size}: they must agree")
+        if token_mask is not None and (token_mask.shape != input_ids.shape or token_mask.dtype != torch.bool):
+            raise ValueError(
+                f"token_mask has shape {tuple(token_mask.shape)} and {token_mask.dtype}, "
+                f"wants input_ids' shape {tuple(input_ids.shape)} and torch.bool"
+            )
+        if last_token_only and not (input_ids.shape[1] if token_mask is None else token_mask.any(1).all()):
+            raise ValueError("last_token_only wants at least one token in each row")
+        if kv_cache is not None:
+            kv_cache.check_fits(self.config, len(input_ids), self.embed_tokens.weight)
         if input_ids.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
                 f"input_ids has {input_ids.shape[1]} tokens a row, "
                 f"more than the model's max_position_embeddings {self.config.max_position_embeddings}"
             )
-        if kv_cache is not None and input_ids.shape[1] == 1:
+        if kv_cache is not None and input_ids.shape[1] == 1 and any(kv_cache.lengths):
             return  # decode: the id comes from our own logits, and looking at it would stall a GPU at every step
         if input_ids.numel() and not 0 <= input_ids.min() <= input_ids.max() < self.config.vocab_size:
             raise ValueError(

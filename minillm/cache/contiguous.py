@@ -13,7 +13,8 @@ from minillm.config import ModelConfig
 class KVCache:
     """Keys and values of the tokens so far, for every layer; each row of the batch has its own length.
 
-    A row's tokens lie in slots 0 … length - 1 without gaps, keys after RoPE. What lies behind them means nothing.
+    A row's tokens lie in slots 0 … length - 1 without gaps, keys after RoPE. The slots behind them hold zeros: a longer
+    row's step reads them too, with weight 0, and 0 times a NaN that was left there would be NaN.
 
     Args:
         config: the model's shape; its `max_position_embeddings` is the limit of a row.
@@ -64,10 +65,12 @@ class KVCache:
             keys, values: (batch, longest length, nheads_k, headdim), views of the buffer; no gradient passes.
 
         Raises:
-            ValueError: where the shapes do not fit, or a row would pass the limit; nothing has changed then.
+            ValueError: where shapes, layer or counts do not fit, or a row would pass the limit; nothing has changed
+                then.
         """
-        self._check(key, value)
-        starts, counts = self._lengths[layer_idx], counts or [key.shape[1]] * self.batch_size
+        counts = [key.shape[1]] * self.batch_size if counts is None else counts
+        self._check(key, value, layer_idx, counts)
+        starts = self._lengths[layer_idx]
         stops = [start + count for start, count in zip(starts, counts, strict=True)]
         self.reserve(max(stops))
         keys, values = self.buffer[layer_idx, 0], self.buffer[layer_idx, 1]
@@ -125,7 +128,7 @@ class KVCache:
         return self.buffer.nbytes
 
     def truncate(self, lengths: int | Sequence[int]) -> None:
-        """Forgets what each row holds beyond a length: one for all rows, or one a row.
+        """Forgets what each row holds beyond a length, and clears it: one length for all rows, or one a row.
 
         Raises:
             ValueError: where a length is negative, or more than the row has.
@@ -134,8 +137,11 @@ class KVCache:
         have = self.lengths
         if len(wanted) != len(have) or any(not 0 <= want <= has for want, has in zip(wanted, have, strict=False)):
             raise ValueError(f"lengths is {lengths}, the rows hold {have}: want 0 to that, for each row")
+        for row, (want, *held) in enumerate(zip(wanted, *self._lengths, strict=True)):
+            self.buffer[:, :, row, want : max(held)] = 0  # a forward that was interrupted left some layers longer
         self._lengths = [list(wanted) for _ in self._lengths]
 
+    @torch.inference_mode(False)  # as in `_empty_slots`
     def fork(self) -> KVCache:
         """A copy with a buffer of its own: both go on independently, as two continuations of one text do."""
         copy = object.__new__(KVCache)
@@ -143,18 +149,39 @@ class KVCache:
         copy._lengths = [list(lengths) for lengths in self._lengths]
         return copy
 
-    def _check(self, key: Tensor, value: Tensor) -> None:
-        _, _, batch, _, nheads_k, headdim = self.buffer.shape
+    def check_fits(self, config: ModelConfig, batch_size: int, weight: Tensor) -> None:
+        """Raises ValueError where a model with this config and such weights cannot decode so many rows with it."""
+        layers, _, rows, _, nheads_k, headdim = self.buffer.shape
+        for name, has, wants in (
+            ("batch_size", rows, batch_size),
+            ("layers", layers, config.num_hidden_layers),
+            ("KV heads", nheads_k, config.num_key_value_heads),
+            ("headdim", headdim, config.head_dim),
+            ("dtype", self.buffer.dtype, weight.dtype),
+            ("device", self.buffer.device, weight.device),
+            ("limit", self.limit, min(self.limit, config.max_position_embeddings)),
+        ):
+            if has != wants:
+                raise ValueError(
+                    f"kv_cache has {name} {has}, wants {wants}: make it for this model, with a row for each of the ids'"
+                )
+
+    def _check(self, key: Tensor, value: Tensor, layer_idx: int, counts: Sequence[int]) -> None:
+        layers, _, batch, _, nheads_k, headdim = self.buffer.shape
+        if not 0 <= layer_idx < layers:
+            raise ValueError(f"layer_idx is {layer_idx}, wants 0 to {layers - 1}")
         if key.shape != value.shape or key.ndim != 4 or key.shape != (batch, key.shape[1], nheads_k, headdim):
             raise ValueError(
                 f"key has shape {tuple(key.shape)} and value {tuple(value.shape)}, "
                 f"want ({batch}, seqlen, {nheads_k}, {headdim}) for both"
             )
+        if len(counts) != batch or not 0 <= min(counts) <= max(counts) <= key.shape[1]:
+            raise ValueError(f"counts is {list(counts)}, wants 0 to {key.shape[1]}, for each of {batch} rows")
 
 
 @torch.inference_mode(False)  # a tensor made in inference mode could not be written to outside of it
 def _empty_slots(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
-    """Zeros, for a masked slot takes part with weight 0, and 0 times a NaN left in memory would be NaN."""
+    """Zeros, as `KVCache` says of the slots that no token has."""
     return torch.zeros(shape, dtype=dtype, device=device)
 
 

@@ -110,12 +110,37 @@ def test_truncate_forgets_the_end_of_each_row_and_a_fork_goes_its_own_way():
     assert torch.equal(cache.update(*new_tokens(2, 0), 0)[0], key)
 
 
+def test_what_is_forgotten_is_cleared():
+    cache = KVCache(CONFIG, 2, capacity=8)
+    fill(cache, 6)
+    cache.update(*new_tokens(2, 1), 0)  # one layer further than the others, as after a forward that was interrupted
+    cache.truncate([2, 6])
+    assert cache.buffer[:, :, 0, :2].all() and cache.buffer[:, :, 1, :6].all()
+    assert not cache.buffer[:, :, 0, 2:].any() and not cache.buffer[:, :, 1, 6:].any()
+
+
+def test_a_fork_made_in_inference_mode_can_be_written_to_outside_of_it():
+    cache = KVCache(CONFIG, 1)
+    with torch.inference_mode():
+        fill(cache, 3)
+        fork = cache.fork()
+    fill(fork, 2)
+    fork.truncate(1)
+    assert (fork.lengths, cache.lengths) == ([1], [3])
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
         (lambda: KVCache(CONFIG, 0), "batch_size is 0"),
         (lambda: KVCache(CONFIG, 1, capacity=21), "capacity is 21, wants 1 to .* 20"),
         (lambda: KVCache(CONFIG, 1).update(*new_tokens(2, 3), 0), r"key has shape \(2, 3, 2, 4\) .* want \(1, seqlen"),
+        (lambda: KVCache(CONFIG, 1).update(*new_tokens(1, 3), -1), "layer_idx is -1, wants 0 to 2"),
+        (lambda: KVCache(CONFIG, 1).update(*new_tokens(1, 3), 3), "layer_idx is 3, wants 0 to 2"),
+        (lambda: fill(KVCache(CONFIG, 2), 1, counts=[5, 5]), r"counts is \[5, 5\], wants 0 to 1, for each of 2 rows"),
+        (lambda: fill(KVCache(CONFIG, 2), 1, counts=[1, -1]), r"counts is \[1, -1\]"),
+        (lambda: fill(KVCache(CONFIG, 2), 1, counts=[1]), r"counts is \[1\], wants 0 to 1, for each of 2 rows"),
+        (lambda: fill(KVCache(CONFIG, 2), 1, counts=[]), r"counts is \[\]"),
         (lambda: KVCache(CONFIG, 2).truncate(1), r"lengths is 1, the rows hold \[0, 0\]"),
         (lambda: KVCache(CONFIG, 2).truncate([0]), r"lengths is \[0\]"),
         (lambda: KVCache(CONFIG, 2).truncate(-1), "lengths is -1"),

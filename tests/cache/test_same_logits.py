@@ -157,17 +157,72 @@ def test_a_forward_that_is_interrupted_loses_nothing(monkeypatch):
 def test_ids_are_looked_at_in_a_prompt_and_not_in_a_decode_step(monkeypatch):
     model = random_model()
     cache = KVCache(model.config, 1)
-    with pytest.raises(ValueError, match="ids from 61 to 61"):
-        model(torch.tensor([[61, 61]]), cache)
+    for prompt in ([[61, 61]], [[61]]):  # a prompt of one token is no decode step
+        with pytest.raises(ValueError, match="ids from 61 to 61"):
+            model(torch.tensor(prompt), cache)
     model(random_ids(1, 4), cache)
     monkeypatch.setattr(torch.Tensor, "min", lambda *args: pytest.fail("a decode step looked at its ids"))
     model(random_ids(1, 1), cache)
 
 
-def test_a_cache_of_another_batch_is_refused():
+@pytest.mark.parametrize(
+    "changes, options, message",
+    [
+        ({}, dict(batch_size=3), "kv_cache has batch_size 3, wants 2"),
+        (dict(num_hidden_layers=3), {}, "kv_cache has layers 3, wants 2"),
+        (dict(num_hidden_layers=1), {}, "kv_cache has layers 1, wants 2"),
+        (dict(num_key_value_heads=4), {}, "kv_cache has KV heads 4, wants 2"),
+        (dict(head_dim=6), {}, "kv_cache has headdim 6, wants 8"),
+        (dict(max_position_embeddings=65), {}, "kv_cache has limit 65, wants 64"),
+        ({}, dict(dtype=torch.bfloat16), "kv_cache has dtype torch.bfloat16, wants torch.float32"),
+        ({}, dict(device="meta"), "kv_cache has device meta, wants cpu"),
+    ],
+)
+def test_a_cache_that_does_not_fit_is_refused_and_left_as_it_was(changes, options, message):
+    model, ids = random_model(), random_ids(2, 4)
+    cache = KVCache(random_model(**changes).config, **(dict(batch_size=2, capacity=8) | options))
+    for call in (lambda: model(ids, cache), lambda: Decoder(model).step(ids[:, 0], cache)):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert not any(cache.lengths) and cache.capacity == 8
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda model, cache: model(random_ids(2, 3), cache, token_mask=torch.ones(2, 2).bool()), "shape .2, 2. and"),
+        (lambda model, cache: model(random_ids(2, 3), cache, token_mask=torch.ones(2, 3).int()), "and torch.int32"),
+        (lambda model, cache: model(random_ids(2, 0), cache, last_token_only=True), "at least one token in each row"),
+        (
+            lambda model, cache: model(
+                random_ids(2, 2), cache, token_mask=torch.tensor([[True, True], [False, False]]), last_token_only=True
+            ),
+            "at least one token in each row",
+        ),
+        (lambda model, cache: Decoder(model).step(random_ids(2, 1), cache), r"token_ids has shape \(2, 1\), wants"),
+    ],
+)
+def test_bad_calls_say_what_is_wrong_and_leave_the_cache_as_it_was(call, message):
     model = random_model()
-    with pytest.raises(ValueError, match="input_ids has 2 rows, kv_cache 3"):
-        model(random_ids(2, 4), KVCache(model.config, 3))
+    cache = KVCache(model.config, 2)
+    with pytest.raises(ValueError, match=message):
+        call(model, cache)
+    assert cache.lengths == [0, 0] and not cache.buffer.any()
+
+
+@torch.no_grad()
+def test_not_even_a_nan_stays_behind_a_row_that_was_truncated():
+    model, ids = random_model(), random_ids(2, 9)
+    cache = KVCache(model.config, 2)
+    model(ids[:, :4], cache)
+    for layer in range(2):
+        cache.update(*torch.full((2, 2, 4, 2, 8), torch.nan), layer)
+    cache.truncate([4, 4])
+    cache.truncate([4, 2])  # rows of different lengths: the shorter one's step reads slots of the longer one too
+    logits = Decoder(model).step(torch.stack([ids[0, 4], ids[1, 2]]), cache)
+    for row, length in enumerate((5, 3)):
+        alone = uncached(model, ids[row : row + 1, :length])
+        assert_within_budget(logits[row], alone["naive"][0, -1], alone["reference"][0, -1], multiple=8)
 
 
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
