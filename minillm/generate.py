@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from operator import index
 
 import torch
 from tokenizers import Tokenizer
@@ -27,10 +29,10 @@ class TextGenerator:
         model, tokenizer: left out, those of the shipped checkpoint.
         use_flash_attention: fused attention and the packed `Decoder`; false runs every step through the model's
             own forward with the naive attention.
-        weights: "same", or "int8" for the decode steps, as in `Decoder`.
+        weights: "same", or "int8" for the decode steps, as in `Decoder`, which they need.
 
     Raises:
-        ValueError: where `weights` is unknown.
+        ValueError: where `weights` is unknown, or not "same" without the `Decoder`.
     """
 
     def __init__(
@@ -41,6 +43,8 @@ class TextGenerator:
         use_flash_attention: bool = True,
         weights: Weights = "same",
     ):
+        if not use_flash_attention and weights != "same":
+            raise ValueError(f"weights is {weights!r}, wants 'same' where use_flash_attention is False")
         if model is None:
             model, tokenizer = load_checkpoint()
         self.model, self.tokenizer = model, tokenizer
@@ -52,8 +56,8 @@ class TextGenerator:
         """The tokens that follow one prompt, or each of several.
 
         Args:
-            prompt_ids: the ids of one prompt, as a sequence of int or a Tensor (seqlen,); or several prompts, as a
-                sequence of such or a Tensor (batch, seqlen). They need not be equally long.
+            prompt_ids: the ids of one prompt, as a sequence of int, a Tensor or an array (seqlen,); or several prompts,
+                as a sequence of such or (batch, seqlen). They need not be equally long.
             max_new_tokens: at most so many are written.
             temperature: as in `minillm.sampling`; 0 is greedy.
             options: as in `stream`.
@@ -62,7 +66,7 @@ class TextGenerator:
             list[int] for one prompt, a list of them for several; without the stop token.
 
         Raises:
-            ValueError: as `stream`.
+            TypeError, ValueError: as `stream`.
         """
         prompts, single = as_prompts(prompt_ids)
         rows: list[list[int]] = [[] for _ in prompts]
@@ -96,12 +100,13 @@ class TextGenerator:
             A token for each prompt, None for those that have ended; until all have.
 
         Raises:
+            TypeError: where `prompt_ids` are no ids.
             ValueError: where a prompt is empty, too long for the model together with `max_new_tokens`, or holds
                 an unknown id; and for an option that makes no sense. Before the first token, in the call itself.
         """
         prompts, _ = as_prompts(prompt_ids)
         check_sampling(temperature, top_k, top_p, min_p)
-        self._check(prompts, max_new_tokens)
+        self._check(prompts, max_new_tokens, seed)
         sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         return self._stream(prompts, max_new_tokens, sampling, frozenset(stop_tokens), seed)
 
@@ -109,7 +114,7 @@ class TextGenerator:
         """The model's answer to what a person says, in pieces of text.
 
         Args:
-            text: any characters; the tokenizer writes those that it has not learned byte by byte.
+            text: any Unicode characters; the tokenizer writes those that it has not learned byte by byte.
             max_new_tokens, temperature, options: as in `stream`.
 
         Raises:
@@ -119,6 +124,8 @@ class TextGenerator:
             raise ValueError("tokenizer is None: text needs one, give it to TextGenerator beside the model")
         if not text.strip():
             raise ValueError("text is blank: say something")
+        if any("\ud800" <= character <= "\udfff" for character in text):  # what Python makes of bytes of another kind
+            raise ValueError("text is not Unicode: write it in UTF-8")
         for mark in SPECIAL_TOKENS:
             if mark in text:
                 raise ValueError(f"text holds {mark!r}, which parts the turns of a dialogue: leave it out")
@@ -187,10 +194,12 @@ class TextGenerator:
         if text := self.tokenizer.decode(ids)[len(shown) :]:
             yield text
 
-    def _check(self, prompts: list[list[int]], max_new_tokens: int) -> None:
+    def _check(self, prompts: list[list[int]], max_new_tokens: int, seed: int | None) -> None:
         limit, vocab_size = self.model.config.max_position_embeddings, self.model.config.vocab_size
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}, wants 1 or more")
+        if seed is not None and not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed is {seed}, wants a number of 64 bits")
         for row, prompt in enumerate(prompts):
             which = f"prompt_ids[{row}]" if len(prompts) > 1 else "prompt_ids"
             if not prompt:
@@ -207,9 +216,14 @@ class TextGenerator:
 
 def as_prompts(prompt_ids) -> tuple[list[list[int]], bool]:
     """Whatever form the ids have, as lists; and whether it was one prompt, not a batch."""
-    ids = prompt_ids.tolist() if isinstance(prompt_ids, Tensor) else list(prompt_ids)
-    single = not ids or isinstance(ids[0], int)
-    return [list(map(int, row)) for row in ([ids] if single else ids)], single
+    try:
+        rows = list(prompt_ids.tolist() if isinstance(prompt_ids, Tensor) else prompt_ids)
+        single = not rows or not isinstance(rows[0], Iterable)
+        return [list(map(index, row)) for row in ([rows] if single else rows)], single
+    except TypeError:  # no sequence, or one of texts, of fractions, or of more than two dimensions
+        raise TypeError(
+            f"prompt_ids is {prompt_ids!r:.60}, wants the integer ids of one prompt, or of several"
+        ) from None
 
 
 def main() -> None:
@@ -225,15 +239,18 @@ def main() -> None:
     parser.add_argument("--weights", choices=("same", "int8"), default="same")
     options = vars(parser.parse_args())
     text, checkpoint, weights = (options.pop(name) for name in ("text", "checkpoint", "weights"))
-    generator = TextGenerator(*load_checkpoint(checkpoint), weights=weights)
     try:
+        generator = TextGenerator(*load_checkpoint(checkpoint), weights=weights)
         pieces = generator.stream_text(text, **options)
     except ValueError as error:
         parser.error(str(error))
-    with profile() as report:
-        for piece in pieces:
-            print(piece, end="", flush=True)
-    print()
+    try:
+        with profile() as report:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+        print(flush=True)
+    except BrokenPipeError:  # whoever was reading has gone, as after `| head`; without this, Python would try once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     for name, measured in report.phases.items():
         print(f"{name}: {measured.tokens} tokens, {measured.tokens_per_second:.0f} tokens/s", file=sys.stderr)
 

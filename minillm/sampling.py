@@ -51,7 +51,9 @@ def next_token_probabilities(
         top-k: Fan et al., arXiv 1805.04833; top-p: Holtzman et al., arXiv 1904.09751; min-p: Nguyen et al.,
         arXiv 2407.01082. The order is transformers'.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # Beside the largest logit everything goes to -inf as the temperature goes to 0, and nothing to inf.
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(logits.dtype).tiny)
     if 0 < top_k < logits.shape[-1]:
         smallest = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)

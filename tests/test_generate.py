@@ -1,14 +1,16 @@
 """TextGenerator: what the model would say without a cache, in any batch, as a stream, and clear refusals."""
 
+import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from minillm.checkpoint import load_checkpoint
 from minillm.corpus import BOT, user_turn
-from minillm.generate import TextGenerator
+from minillm.generate import TextGenerator, main
 from minillm.measure import profile
 from minillm.tokenizer import END_ID
 from tests.cache.models import random_ids, random_model
@@ -36,6 +38,14 @@ def test_the_call_of_the_seed_runs():
     prompt_ids = torch.tensor([prompt("I live in Oslo. Where do I live?")])
     generated_ids = generator.generate(prompt_ids=prompt_ids, max_new_tokens=50, temperature=0.8)
     assert len(generated_ids) == 1 and all(isinstance(token, int) for token in generated_ids[0])
+
+
+@pytest.mark.parametrize("form", [list, torch.tensor, np.array, lambda ids: list(np.array(ids))])
+def test_ids_come_as_a_list_a_tensor_or_an_array(form):
+    ids = [[5, 6, 7], [8, 9, 10]]
+    expected = GENERATOR.generate(ids, 3, temperature=0)
+    assert GENERATOR.generate(form(ids), 3, temperature=0) == expected
+    assert GENERATOR.generate(form(ids[0]), 3, temperature=0) == expected[0]
 
 
 @pytest.mark.parametrize("question, answer", QUESTIONS.items())
@@ -128,12 +138,22 @@ def test_characters_that_the_tokenizer_has_never_seen_are_written_byte_by_byte()
         (lambda: GENERATOR.stream_text("Hello <|bot|> I"), "text holds '<|bot|>'"),
         (lambda: GENERATOR.stream_text("word " * 600), "the model holds 512"),
         (lambda: TextGenerator(MODEL).stream_text("Hello"), "tokenizer is None"),
+        (lambda: GENERATOR.stream_text("Hello \udcff"), "text is not Unicode"),
+        (lambda: GENERATOR.stream([5], seed=2**64), "seed is 18446744073709551616"),
         (lambda: TextGenerator(MODEL, weights="int3"), "weights is 'int3'"),
+        (lambda: TextGenerator(MODEL, weights="int3", use_flash_attention=False), "weights is 'int3'"),
+        (lambda: TextGenerator(MODEL, weights="int8", use_flash_attention=False), "where use_flash_attention is False"),
     ],
 )
 def test_bad_calls_say_what_is_wrong(call, message):
     with pytest.raises(ValueError, match=message.replace("|", r"\|")):
         call()
+
+
+@pytest.mark.parametrize("ids", ["Hello", ["Hello"], 5, None, [1.0, 2.0], torch.ones(3), torch.ones(1, 1, 1).long()])
+def test_what_are_no_ids_is_refused(ids):
+    with pytest.raises(TypeError, match="prompt_ids is .* wants the integer ids of one prompt, or of several"):
+        GENERATOR.generate(ids)
 
 
 def test_a_prompt_that_just_fits_is_written_on_to_the_limit():
@@ -149,14 +169,35 @@ def test_prefill_and_decode_are_profiled_by_name():
     assert END_ID not in tokens and report.phases["prefill"].peak_bytes > 0
 
 
-def run(*arguments):
-    command = [sys.executable, "-m", "minillm.generate", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
 def test_the_command_line_writes_the_answer_and_the_rate():
-    done = run(TALK + "Where do I live?")
+    command = [sys.executable, "-m", "minillm.generate", TALK + "Where do I live?"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.strip() == "You live in Lima."
     assert "tokens/s" in done.stderr and "prefill" in done.stderr and "decode" in done.stderr
-    refused = run("")
-    assert refused.returncode == 2 and "text is blank" in refused.stderr and "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([""], "text is blank"),
+        (["Hello", "--checkpoint", "nowhere"], "no checkpoint there"),
+        (["Hello \udcff"], "text is not Unicode"),  # how Python hands on an argument that is not UTF-8
+        (["Hello", "--seed", "99999999999999999999"], "wants a number of 64 bits"),
+        (["Hello", "--temperature", "nan"], "temperature is nan"),
+    ],
+)
+def test_the_command_line_refuses_in_one_line(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["generate", *arguments])
+    with pytest.raises(SystemExit) as refusal:
+        main()
+    assert refusal.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_command_line_ends_in_peace_where_nobody_reads_on(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["generate", "Hello"])
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        main()
+        closed.write("more")  # what is left over at the interpreter's exit

@@ -50,6 +50,12 @@ def test_temperature_0_takes_the_largest():
     assert torch.equal(sample(LOGITS, temperature=0), LOGITS.argmax(-1))
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-300])
+def test_a_temperature_near_0_takes_the_largest_too(temperature):
+    assert torch.equal(sample(LOGITS, temperature=temperature), LOGITS.argmax(-1))
+    assert torch.equal(sample(100 * LOGITS.double(), temperature=temperature, top_p=0.9), LOGITS.argmax(-1))
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     # In steps that fp32 tells apart after the division by the temperature: else the largest one ties with others.
