@@ -16,7 +16,7 @@ from minillm.cache import KVCache
 from minillm.checkpoint import load_checkpoint
 from minillm.corpus import BOT, SPECIAL_TOKENS, user_turn
 from minillm.decode import Decoder, Weights
-from minillm.measure.profiler import phase, profile
+from minillm.measure.profiler import Reads, phase, profile
 from minillm.model import MiniLLM
 from minillm.sampling import check_sampling, sample
 from minillm.tokenizer import END_ID
@@ -160,7 +160,7 @@ class TextGenerator:
         ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
         ends = torch.tensor([len(prompt) for prompt in prompts], device=device)
         token_mask = torch.arange(longest, device=device) < ends[:, None]
-        with phase("prefill", sum(map(len, prompts)), lambda: self._weight_bytes):
+        with phase("prefill", sum(map(len, prompts)), lambda: Reads(self._weight_bytes)):
             logits = self.model(
                 ids, cache, attention_backend=self._backend, token_mask=token_mask, last_token_only=True
             )
@@ -169,11 +169,11 @@ class TextGenerator:
     def _step(self, token_ids: Tensor, cache: KVCache, running: int) -> Tensor:
         """Rows that have ended are carried along: a step costs nearly the same without them."""
 
-        def nbytes() -> int:
+        def reads() -> Reads:
             weights = self._weight_bytes if self._decoder is None else self._decoder.nbytes
-            return weights + cache.nbytes // (cache.batch_size * cache.capacity) * sum(cache.lengths)
+            return Reads(weights, cache.nbytes // (cache.batch_size * cache.capacity) * sum(cache.lengths))
 
-        with phase("decode", running, nbytes):
+        with phase("decode", running, reads):
             if self._decoder is not None:
                 return self._decoder.step(token_ids, cache)
             with torch.no_grad():

@@ -2,7 +2,7 @@
 the phases of a generation."""
 
 from minillm.measure.memory import MemoryReport, format_bytes, measure_memory, record_peak
-from minillm.measure.profiler import Phase, Profile, phase, profile
+from minillm.measure.profiler import Phase, Profile, Reads, phase, profile
 from minillm.measure.roofline import GPU, GPUS, Citation, attainable, attention_flops, ridge, time_bound
 from minillm.measure.traffic import Counted, Traffic, count_operators, count_traffic
 
@@ -14,6 +14,7 @@ __all__ = [
     "MemoryReport",
     "Phase",
     "Profile",
+    "Reads",
     "Traffic",
     "attainable",
     "attention_flops",

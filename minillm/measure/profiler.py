@@ -4,8 +4,8 @@
         generator.generate(prompt_ids)
     print(report)
 
-The code that is watched names its phases: `with phase("decode", tokens=1, nbytes=lambda: …):`. Outside `profile` that
-costs about a microsecond.
+The code that is watched names its phases: `with phase("decode", tokens=1, reads=lambda: Reads(…)):`. Outside `profile`
+that costs about a microsecond.
 """
 
 from __future__ import annotations
@@ -16,10 +16,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from statistics import median
+from typing import NamedTuple
 
 import torch
 
 from minillm.measure.memory import format_bytes, record_peak
+
+
+class Reads(NamedTuple):
+    """The bytes that a call cannot do without: weights, and what it reads of the cache."""
+
+    weights: int
+    cache: int = 0
 
 
 @dataclass
@@ -28,13 +36,13 @@ class Phase:
 
     Attributes:
         tokens: new tokens, all calls and rows together.
-        nbytes: of each call, the bytes that it cannot do without: its weights and what it reads of the cache.
+        reads: of each call, the bytes that it cannot do without.
         seconds: of each call; empty without `log_latency`.
         peak_bytes: the most that a call allocated at one time, beyond what was there; 0 without `log_memory`.
     """
 
     tokens: int = 0
-    nbytes: list[int] = field(default_factory=list)
+    reads: list[Reads] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
 
@@ -44,8 +52,8 @@ class Phase:
 
     @property
     def bandwidth(self) -> float:
-        """Bytes/s of the median call, counting only `nbytes`."""
-        return median(n / s for n, s in zip(self.nbytes, self.seconds, strict=True)) if self.seconds else 0.0
+        """Bytes/s of the median call, counting only `reads`."""
+        return median(sum(n) / s for n, s in zip(self.reads, self.seconds, strict=True)) if self.seconds else 0.0
 
 
 class Profile:
@@ -64,15 +72,17 @@ class Profile:
         """What the figures call for; empty where nothing was timed.
 
         Args:
-            bandwidth: bytes/s that this machine reads; left out, it is measured (a tenth of a second).
+            bandwidth: bytes/s at which this machine reads as much as a decode step does; left out, it is measured
+                (a tenth of a second).
         """
         timed = {name: phase for name, phase in self.phases.items() if phase.seconds}
         if not timed:
             return []
         advice = [_largest_share(timed)]
         if "decode" in timed:
-            advice.append(_reading(timed["decode"], bandwidth or read_bandwidth(self.device)))
-            advice += _slowing_down(timed["decode"])
+            decode = timed["decode"]
+            advice.append(_reading(decode, bandwidth or read_bandwidth(sum(decode.reads[-1]), self.device)))
+            advice += _slowing_down(decode)
         return advice
 
     def __str__(self) -> str:
@@ -83,13 +93,13 @@ class Profile:
                 rates = f"{phase.tokens_per_second:9.1f} {phase.bandwidth / 1e9:6.1f}"
                 time_columns = f"{sum(phase.seconds):9.4f} {rates}"
             peak = format_bytes(phase.peak_bytes) if self.log_memory else "–"
-            lines.append(f"{name:10} {len(phase.nbytes):6} {phase.tokens:7} {time_columns} {peak:>10}")
+            lines.append(f"{name:10} {len(phase.reads):6} {phase.tokens:7} {time_columns} {peak:>10}")
         if self.log_latency and self.log_memory:
             lines.append("Recording the memory took time too: for true times, log one of the two.")
         return "\n".join(lines + [f"- {advice}" for advice in self.suggestions()])
 
     @contextmanager
-    def _measure(self, name: str, tokens: int, nbytes: int) -> Iterator[None]:
+    def _measure(self, name: str, tokens: int, reads: Reads) -> Iterator[None]:
         phase = self.phases.setdefault(name, Phase())
         recording = record_peak(self.device) if self.log_memory else nullcontext(list[int]())
         with recording as peak:
@@ -97,7 +107,7 @@ class Profile:
             yield
             seconds = self._now() - start
         phase.tokens += tokens
-        phase.nbytes.append(nbytes)
+        phase.reads.append(reads)
         if self.log_latency:
             phase.seconds.append(seconds)
         phase.peak_bytes = max(phase.peak_bytes, *peak, 0)
@@ -131,28 +141,29 @@ def profile(
         _current.reset(token)
 
 
-def phase(name: str, tokens: int, nbytes: Callable[[], int]) -> AbstractContextManager[None]:
+def phase(name: str, tokens: int, reads: Callable[[], Reads]) -> AbstractContextManager[None]:
     """Names a piece of work, for `profile`; does nothing where no profile is on.
 
     Args:
         name: such as "prefill" or "decode".
         tokens: new tokens that it takes in.
-        nbytes: gives the bytes that it reads at least; called only where a profile is on.
+        reads: gives the bytes that it reads at least; called only where a profile is on.
     """
     report = _current.get()
-    return _NOTHING if report is None else report._measure(name, tokens, nbytes())
+    return _NOTHING if report is None else report._measure(name, tokens, reads())
 
 
-def read_bandwidth(device: torch.device | str = "cpu") -> float:
-    """How fast this machine reads from memory: the median of five sums over 256 MiB, in bytes/s."""
-    numbers = torch.ones(2**26, device=device)
+def read_bandwidth(nbytes: int, device: torch.device | str = "cpu") -> float:
+    """How fast this machine reads so many bytes again and again, in bytes/s: the best of many sums over them.
+
+    As many as the watched code reads: what fits the processor's cache comes from there, many times as fast as the rest.
+    """
+    numbers = torch.ones(max(1, nbytes // 4), device=device)
     clock = Profile(True, False, device)
-    for _ in range(6):
-        with clock._measure("read", 0, numbers.nbytes):
+    for _ in range(max(6, min(50, 2**30 // nbytes))):
+        with clock._measure("read", 0, Reads(numbers.nbytes)):
             numbers.sum()
-    read = clock.phases["read"]
-    read.nbytes, read.seconds = read.nbytes[1:], read.seconds[1:]
-    return read.bandwidth
+    return numbers.nbytes / min(clock.phases["read"].seconds)
 
 
 def _largest_share(phases: dict[str, Phase]) -> str:
@@ -168,10 +179,14 @@ def _largest_share(phases: dict[str, Phase]) -> str:
 
 def _reading(decode: Phase, bandwidth: float) -> str:
     share = decode.bandwidth / bandwidth
-    found = f"decode reads {decode.bandwidth / 1e9:.1f} GB/s of the {bandwidth / 1e9:.1f} GB/s that this machine reads"
-    if share > 0.6:
-        return f"{found}: memory is the limit, only fewer bytes help (weights='int8', fewer KV heads)"
-    return f"{found}: memory is not the limit, overhead is (a larger batch or a larger model hides it)"
+    weights, cache = decode.reads[-1]
+    size, rate = format_bytes(weights + cache), f"{decode.bandwidth / 1e9:.1f} GB/s"
+    found = f"decode reads the {size} of a step at {rate}, this machine can at {bandwidth / 1e9:.1f} GB/s"
+    if share <= 0.6:
+        return f"{found}: memory is not the limit, overhead is (a larger batch or a larger model hides it)"
+    part, cure = ("weights", "8 bits for each") if weights >= cache else ("cache", "fewer KV heads, a shorter context")
+    most = max(weights, cache) / (weights + cache)
+    return f"{found}: memory is the limit, only fewer bytes help, and {most:.0%} of them are {part} ({cure})"
 
 
 def _slowing_down(decode: Phase) -> list[str]:
@@ -182,4 +197,8 @@ def _slowing_down(decode: Phase) -> list[str]:
     first, last = median(decode.seconds[:quarter]), median(decode.seconds[-quarter:])
     if last < 1.2 * first:
         return []
-    return [f"a step grew from {first * 1e3:.2f} to {last * 1e3:.2f} ms: the cache outgrows the weights"]
+    before, after = (median(map(sum, reads)) for reads in (decode.reads[:quarter], decode.reads[-quarter:]))
+    grew = f"a step took {first * 1e3:.2f} ms at first and {last * 1e3:.2f} at the end, {last / first - 1:.0%} more"
+    if after / before - 1 < (last / first - 1) / 2:
+        return [f"{grew}, and read only {after / before - 1:.0%} more: look for what else slows it down"]
+    return [f"{grew}, and read {after / before - 1:.0%} more: the cache grows (fewer KV heads, a shorter context)"]
