@@ -6,9 +6,9 @@ One model of 28 million parameters, the same weights everywhere, batch 1, greedy
 - ours: `TextGenerator`, and with weights="int8";
 - transformers: `generate` of Hugging Face's Llama, with SDPA and its dynamic cache.
 
-They take turns, and a ratio is formed within each turn. Then the prefill of 1,024 tokens; the rate over the length of
-the context: with a cache, without one, and transformers; and the tiled attention by its block size. Needs the extra
-`peers`.
+They take turns, and a ratio is formed within each turn. Only steps are timed: the clock starts when the prefill is over.
+Then the prefill of 1,024 tokens; the rate over the length of the context: with a cache, without one, and transformers;
+and the tiled attention by its block size. Needs the extra `peers`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.record import ratio, save, spread, take_turns
 from minillm import MiniLLM, ModelConfig
@@ -115,9 +116,12 @@ def measure_prefill(model: MiniLLM, rounds: int) -> dict:
     return {"tokens per second": rates, "ours / transformers": against}
 
 
-def measure_curve(model: MiniLLM, tokens: int = 12, rounds: int = 3) -> dict:
+def measure_curve(model: MiniLLM, tokens: int = 12, rounds: int = 9) -> dict:
+    """Tokens a second by name, one for each length: the medians, and under "p10" and "p90" the same for the spread."""
     theirs, generator = to_transformers(model).eval(), TextGenerator(model)
-    curve: dict = {"length": list(CONTEXTS), "cached": [], "uncached": [], "transformers": []}
+    names = ("cached", "uncached", "transformers")
+    curve: dict = {name: [] for name in names}
+    curve |= {"length": list(CONTEXTS), "p10": {name: [] for name in names}, "p90": {name: [] for name in names}}
     print("tokens/s by tokens in the context")
     for length in CONTEXTS:
         ids = prompt(length)
@@ -126,10 +130,12 @@ def measure_curve(model: MiniLLM, tokens: int = 12, rounds: int = 3) -> dict:
             "uncached": lambda ids=ids: uncached_rate(model, ids),
             "transformers": lambda ids=ids: their_rate(theirs, ids, tokens),
         }
-        medians = {name: spread(figures)["median"] for name, figures in take_turns(runs, rounds).items()}
-        for name, figure in medians.items():
-            curve[name].append(round(figure, 2))
-        print(f"  {length:5}", *(f"{name} {figure:7.1f}" for name, figure in medians.items()))
+        spreads = {name: spread(figures) for name, figures in take_turns(runs, rounds).items()}
+        for name, figures in spreads.items():
+            curve[name].append(round(figures["median"], 2))
+            for bound in ("p10", "p90"):
+                curve[bound][name].append(round(figures[bound], 2))
+        print(f"  {length:5}", *(f"{name} {in_words(figures, '7.1f')}" for name, figures in spreads.items()))
     return curve
 
 
@@ -204,14 +210,24 @@ def our_rate(generator: TextGenerator, ids: Tensor, tokens: int) -> float:
 
 
 def their_rate(model, ids: Tensor, tokens: int) -> float:
-    """The same of transformers: `generate` for all tokens, less `generate` for the first one alone."""
+    """The same of transformers."""
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
-    seconds = []
-    for new_tokens in (1, tokens + 1):
-        start = time.perf_counter()
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
-        seconds.append(time.perf_counter() - start)
-    return tokens / (seconds[1] - seconds[0])
+    clock = Clock()
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens + 1, do_sample=False, streamer=clock)
+    _, first, *_, last = clock.times  # the prompt is put before the first token
+    return tokens / (last - first)
+
+
+class Clock(BaseStreamer):
+    """A streamer of transformers that notes when each token is there."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None: ...
 
 
 def uncached_rate(model: MiniLLM, ids: Tensor) -> float:

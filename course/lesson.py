@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from IPython.display import Markdown
 
 
+QUOTED_MACHINE = "intel-r-xeon-r-processor-2-50ghz-2-threads"
+
+
 @dataclass(frozen=True)
 class Budget:
     """The outcome of a comparison: the error, the limit, and in words what else is wrong (empty where nothing)."""
@@ -98,14 +101,15 @@ def show_source(function: Callable) -> Markdown:
     return Markdown(f"```python\n{inspect.getsource(function)}```")
 
 
-def stored_result(name: str) -> dict:
-    """A benchmark's newest stored result, with device, versions, date and commit.
+def stored_result(name: str, machine: str = QUOTED_MACHINE) -> dict:
+    """A benchmark's stored result, with device, versions, date and commit.
 
     Args:
-        name: as in benchmarks/results/<machine>/<name>.json.
+        name, machine: as in benchmarks/results/<machine>/<name>.json. Left out, the machine is the one that the lessons
+            quote; one that you measured yourself has a folder beside it.
     """
-    paths = (Path(__file__).resolve().parent.parent / "benchmarks" / "results").glob(f"*/{name}.json")
-    return max((json.loads(path.read_text()) for path in paths), key=lambda result: result["date"])
+    results = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+    return json.loads((results / machine / f"{name}.json").read_text())
 
 
 def tokenize(tokenizer: Tokenizer, text: str) -> tuple[Tensor, list[str]]:

@@ -1,11 +1,20 @@
-"""The stored measurement of `make bench`: where it comes from, and that it reaches what the README and lesson say."""
+"""The measurement that the lesson quotes: where it comes from, and that it reaches what the README and lesson say.
+
+It is a record of one machine. What `make bench` finds on another one stands beside it, and is not judged.
+"""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from benchmarks import decode_cpu
 from benchmarks.record import ROOT, ratio, spread, take_turns
+from course import lesson
 from course.lesson import stored_result
+from minillm.checkpoint import to_transformers
+from tests.cache.models import random_model
 
 RESULT = stored_result("decode_cpu")
 
@@ -14,6 +23,16 @@ def test_a_result_says_where_it_comes_from():
     for path in (ROOT / "benchmarks" / "results").glob("*/decode_cpu.json"):
         result = json.loads(path.read_text())
         assert all(result[key] for key in ("device", "threads", "python", "versions", "date", "commit"))
+
+
+def test_the_lesson_quotes_one_machine_whatever_was_measured_since(tmp_path, monkeypatch):
+    monkeypatch.setattr(lesson, "__file__", str(tmp_path / "course" / "lesson.py"))
+    for machine, date in ((lesson.QUOTED_MACHINE, "2026-01-01"), ("my-laptop", "2026-12-31")):
+        folder = tmp_path / "benchmarks" / "results" / machine
+        folder.mkdir(parents=True)
+        (folder / "some.json").write_text(json.dumps({"date": date}))
+    assert stored_result("some") == {"date": "2026-01-01"}
+    assert stored_result("some", "my-laptop") == {"date": "2026-12-31"}
 
 
 def test_decoding_is_near_the_floor_and_ahead_of_transformers():
@@ -25,6 +44,12 @@ def test_decoding_is_near_the_floor_and_ahead_of_transformers():
 
 def test_prefill_is_not_slower_than_that_of_transformers():
     assert RESULT["prefill"]["ours / transformers"]["median"] >= 1
+
+
+def test_the_rate_of_transformers_is_that_of_its_steps_alone(monkeypatch):
+    now = iter([0.0, 7.0, 8.0, 9.0, 11.0])  # the prompt, the first token, and three steps in four seconds
+    monkeypatch.setattr(decode_cpu, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    assert decode_cpu.their_rate(to_transformers(random_model()), torch.tensor([[1, 2, 3]]), 3) == 3 / 4
 
 
 def test_runs_take_turns_and_the_first_turn_does_not_count():
