@@ -6,7 +6,7 @@ One model of 28 million parameters, the same weights everywhere, batch 1, greedy
 - ours: `TextGenerator`, and with weights="int8";
 - transformers: `generate` of Hugging Face's Llama, with SDPA and its dynamic cache.
 
-They take turns, and a ratio is formed within each turn. Only steps are timed: the clock starts when the prefill is over.
+They take turns, and a ratio is formed within each turn. Only steps are timed: the clock starts after the prefill.
 Then the prefill of 1,024 tokens; the rate over the length of the context: with a cache, without one, and transformers;
 and the tiled attention by its block size. Needs the extra `peers`.
 """
