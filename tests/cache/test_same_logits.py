@@ -1,11 +1,12 @@
 """With a cache or without one: the same logits, wherever the sequence is cut, however the rows are padded."""
 
-import copy
+from itertools import pairwise
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
-from course.lesson import assert_within_budget, error_budget
+from course.lesson import assert_within_budget
 from minillm.cache import KVCache
 from minillm.decode import Decoder, quantise
 from minillm.model import SelfAttention
@@ -280,7 +281,26 @@ def test_a_model_in_another_dtype_works_from_prefill_to_decode():
 
 
 @torch.no_grad()
-def test_torch_compile_gives_the_same_logits():
-    model, ids = random_model(), random_ids(2, LENGTH)
-    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager")  # its graphs, without a C++ compiler
-    assert error_budget(compiled(ids, attention_backend="sdpa"), **uncached(model, ids))
+def test_torch_compile_without_a_cache_makes_its_graphs_once_for_all_later_lengths():
+    torch._dynamo.reset()  # what other tests have compiled counts towards its limits
+    model, graphs = random_model(num_hidden_layers=1), CompileCounter()
+    compiled = torch.compile(model, backend=graphs)
+    made = []
+    for length in (4, 5, 6, 7):
+        ids = random_ids(2, length)
+        assert_within_budget(compiled(ids, attention_backend="sdpa"), **uncached(model, ids))
+        made.append(graphs.frame_count)
+    assert 0 < made[0] <= made[1] == made[2] == made[3]  # at the second one PyTorch learns that lengths differ
+
+
+@torch.no_grad()
+def test_torch_compile_with_the_cache_compiles_again_at_every_step():
+    torch._dynamo.reset()
+    model, graphs, ids = random_model(num_hidden_layers=1), CompileCounter(), random_ids(2, 4)
+    compiled, cache = torch.compile(model, backend=graphs), KVCache(model.config, 2)
+    steps, made = [], [0]
+    for i in range(4):
+        steps.append(compiled(ids[:, i : i + 1], cache, attention_backend="sdpa"))
+        made.append(graphs.frame_count)
+    assert_within_budget(torch.cat(steps, 1), **uncached(model, ids))
+    assert all(before < after for before, after in pairwise(made)), made
