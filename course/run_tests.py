@@ -84,7 +84,8 @@ def run_notebooks() -> Tally:
         print("There is no notebook in notebooks/: the lessons are missing.")
         return Tally(failed=1)
     options = ["--nbval", "--nbval-current-env", "--nbval-sanitize-with", "tests/nbval_sanitize.cfg"]
-    return pytest(*options, "--nbval-cell-timeout", str(CELL_TIMEOUT), *map(str, found))
+    options += ["--nbval-cell-timeout", str(CELL_TIMEOUT), "-n", str(os.cpu_count()), "--dist", "loadfile"]
+    return pytest(*options, *map(str, found))
 
 
 def notebooks(root: Path = ROOT, folders: Iterable[str] = ("notebooks", "solutions")) -> list[Path]:
@@ -97,6 +98,7 @@ def python_module(*command: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         # The course runs without a network, so its tests do too; and a test ticks off none of your exercises.
         own = {"HF_HUB_OFFLINE": "1", "MINILLM_PROGRESS": str(Path(folder, "progress.json"))}
+        own["OMP_NUM_THREADS"] = "1"  # a process a core: threads that wait for each other cost more than they bring
         return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=os.environ | own).returncode
 
 
