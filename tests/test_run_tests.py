@@ -1,5 +1,8 @@
 """`make test` itself can fail."""
 
+import shutil
+from functools import partial
+
 import pytest
 
 from course import run_tests
@@ -54,8 +57,13 @@ PLANTED = """{"cells": [{"cell_type": "code", "id": "one", "metadata": {}, "sour
 
 
 def test_a_notebook_that_prints_something_else_than_is_stored_fails(tmp_path, monkeypatch, capfd):
-    true, false = tmp_path / "true.ipynb", tmp_path / "false.ipynb"
-    true.write_text(PLANTED % "42")
-    false.write_text(PLANTED % "43")
-    monkeypatch.setattr(run_tests, "notebooks", lambda: [true, false])
+    for name, text in {"notebooks/true": PLANTED % "42", "solutions/false": PLANTED % "43"}.items():
+        path = tmp_path / f"{name}.ipynb"
+        path.parent.mkdir()
+        path.write_text(text)
+    sanitize = tmp_path / "tests" / "nbval_sanitize.cfg"
+    sanitize.parent.mkdir()
+    shutil.copy(run_tests.ROOT / "tests" / sanitize.name, sanitize)
+    monkeypatch.setattr(run_tests, "ROOT", tmp_path)
+    monkeypatch.setattr(run_tests, "notebooks", partial(run_tests.notebooks, tmp_path))
     assert run_tests.run_notebooks() == Tally(passed=1, failed=1)
