@@ -143,7 +143,7 @@ def tile_walk(
 
 
 def cache_filling(
-    prompts: Sequence[int] = (9, 3, 14), new_tokens: int = 17, *, capacity: int = 8, step: int | None = None
+    prompts: Sequence[int] = (9, 3, 14), new_tokens: int = 18, *, capacity: int = 8, step: int | None = None
 ) -> None:
     """Shows a KV cache as it fills, row by row, with the bytes that are used and those that are allocated.
 
