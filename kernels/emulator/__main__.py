@@ -14,6 +14,11 @@ from kernels.hopper.launch import RUNGS, attention
 
 
 def main() -> None:
+    show_example()
+    show_attention()
+
+
+def show_example() -> None:
     x = torch.randn(100, 64, dtype=torch.float16)
     out = torch.zeros_like(x)
     run = emulate(double_kernel, (4,), *_blocks(x, out), FENCED=True, explore=50)
@@ -22,6 +27,9 @@ def main() -> None:
         emulate(double_kernel, (4,), *_blocks(x, out), FENCED=False)
     except Report as report:
         print(f"The same without its fence:\n{report}\n")
+
+
+def show_attention() -> None:
     q, k, v = torch.randn(3, 1, 256, 1, 64).bfloat16()
     exact = torch.softmax((q[0, :, 0] @ k[0, :, 0].T).double() / 8, -1) @ v[0, :, 0].double()
     for rung in RUNGS:

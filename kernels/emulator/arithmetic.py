@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from triton.experimental.gluon.language import _layouts as layouts
 
+from kernels.emulator.scheduler import current
 from kernels.emulator.values import AUTO, Pointer, Value, bad_layout, binary, operands, same_layout, scalar, torch_type
 
 # fmt: off
-MATH: dict[str, Callable] = {"abs": torch.abs, "ceil": torch.ceil, "cos": torch.cos, "erf": torch.erf,
-                             "exp": torch.exp, "exp2": torch.exp2, "floor": torch.floor, "log": torch.log,
-                             "log2": torch.log2, "rsqrt": torch.rsqrt, "sin": torch.sin, "sqrt": torch.sqrt}
+MATH: dict[str, Callable] = {"abs": torch.abs, "exp": torch.exp, "exp2": torch.exp2, "log": torch.log,
+                             "log2": torch.log2, "rsqrt": torch.rsqrt, "sqrt": torch.sqrt}
 # fmt: on
 
 
@@ -53,30 +53,18 @@ def where(condition: Any, x: Any, y: Any) -> Value:
     return Value(torch.where(chosen.data, a, b), same_layout([chosen, *(t for t in (x, y) if isinstance(t, Value))]))
 
 
-def add(a: Any, b: Any) -> Value:
-    return as_value(a) + b
+def cdiv(x: Any, div: Any) -> Any:
+    return (x + (div - 1)) // div
 
 
-def sub(a: Any, b: Any) -> Value:
-    return as_value(a) - b
-
-
-def mul(a: Any, b: Any) -> Value:
-    return as_value(a) * b
-
-
-def cdiv(x: Any, divisor: Any) -> Any:
-    return (x + (divisor - 1)) // divisor
-
-
-def minimum(a: Any, b: Any) -> Any:
+def minimum(x: Any, y: Any) -> Any:
     """Where one is NaN the other is taken, as on the GPU."""
-    return binary(torch.fmin, a, b) if isinstance(a, Value) or isinstance(b, Value) else min(a, b)
+    return binary(torch.fmin, x, y) if isinstance(x, Value) or isinstance(y, Value) else min(x, y)
 
 
-def maximum(a: Any, b: Any) -> Any:
+def maximum(x: Any, y: Any) -> Any:
     """Where one is NaN the other is taken, as on the GPU."""
-    return binary(torch.fmax, a, b) if isinstance(a, Value) or isinstance(b, Value) else max(a, b)
+    return binary(torch.fmax, x, y) if isinstance(x, Value) or isinstance(y, Value) else max(x, y)
 
 
 def elementwise(function: Callable) -> Callable:
@@ -90,15 +78,17 @@ def elementwise(function: Callable) -> Callable:
 def reduction(function: Callable) -> Callable:
     """A reduction: along `axis` the layout becomes a slice."""
 
-    def reduce(x: Value, axis: int | None = None, keep_dims: bool = False) -> Value:
+    def reduce(input: Value, axis: int | None = None, *, keep_dims: bool = False) -> Value:
+        x, rank = input.data, input.data.ndim
         if axis is None:
-            return Value(function(x.data.flatten(), 0))
-        if not 0 <= axis < x.data.ndim:
-            raise bad_layout(f"a reduction of {x.shape} along {axis}", f"wants an axis from 0 to {x.data.ndim - 1}")
-        data = function(x.data, axis)
+            return Value(function(x.flatten(), 0))
+        if not -rank <= axis < rank:
+            raise bad_layout(f"a reduction of {input.shape} along {axis}", f"wants an axis from {-rank} to {rank - 1}")
+        axis %= rank
+        data = function(x, axis)
         if keep_dims:
-            return Value(data.unsqueeze(axis), x.layout)
-        layout = AUTO if x.layout == AUTO or not data.ndim else layouts.SliceLayout(axis, x.layout)
+            return Value(data.unsqueeze(axis), input.layout)
+        layout = AUTO if input.layout == AUTO or not data.ndim else layouts.SliceLayout(axis, input.layout)
         return Value(data, layout)
 
     return reduce
@@ -125,8 +115,8 @@ def convert_layout(value: Value, layout: Any, assert_trivial: bool = False) -> V
     return make(value.data, layout)
 
 
-def cast(value: Any, dtype: Any) -> Value:
-    return as_value(value).to(dtype)
+def cast(input: Any, dtype: Any) -> Value:
+    return as_value(input).to(dtype)
 
 
 def fma(x: Any, y: Any, z: Any) -> Value:
@@ -134,24 +124,26 @@ def fma(x: Any, y: Any, z: Any) -> Value:
     return Value(a * b + c, layout)
 
 
-def expand_dims(value: Value, axis: int) -> Value:
-    index: list[Any] = [slice(None)] * value.data.ndim
+def expand_dims(input: Value, axis: int) -> Value:
+    index: list[Any] = [slice(None)] * input.data.ndim
     index.insert(axis, None)
-    return value[tuple(index)]
+    return input[tuple(index)]
 
 
-def load(pointer: Pointer, mask: Any = None, other: Any = 0.0, cache_modifier="", eviction_policy="") -> Value:
+def load(pointer: Pointer, mask: Any = None, other: Any = 0.0, *, cache_modifier="", eviction_policy="") -> Value:
+    event = current().event(f"load from {pointer.name}")
     keep = _mask(pointer, mask)
     data = torch.full(keep.shape, other.data.item() if isinstance(other, Value) else other).to(pointer.memory.dtype)
-    data[keep] = pointer.memory[pointer.checked_offsets(keep)]
+    data[keep] = pointer.memory[pointer.checked_offsets(keep, event)]
     return Value(data, pointer.layout)
 
 
-def store(pointer: Pointer, value: Any, mask: Any = None, cache_modifier="", eviction_policy="") -> None:
+def store(pointer: Pointer, value: Any, mask: Any = None, *, cache_modifier="", eviction_policy="") -> None:
+    event = current().event(f"store to {pointer.name}")
     keep = _mask(pointer, mask)
     data = as_value(value)
     same_layout([pointer, data])
-    pointer.memory[pointer.checked_offsets(keep)] = data.data.to(pointer.memory.dtype).expand(keep.shape)[keep]
+    pointer.memory[pointer.checked_offsets(keep, event)] = data.data.to(pointer.memory.dtype).expand(keep.shape)[keep]
 
 
 def _mask(pointer: Pointer, mask: Any) -> torch.Tensor:

@@ -32,6 +32,7 @@ class Barrier:
     phases: int = 0  # complete ones
     missing: int = 0  # arrivals until the current phase is complete
     bytes_due: int = 0  # expected and not yet landed; negative while a copy has landed before it was expected
+    under_way: int = 0  # bytes of copies that were asked for and have not landed
     seen: bool = True  # whether anybody has waited for the latest complete phase
     waited_too_early: Event | None = None  # a wait that went on, on an older phase, since the latest copy was asked for
     gathered: Knowledge = field(default_factory=Knowledge)  # what those who arrived in the current phase know
@@ -64,6 +65,7 @@ class Barrier:
     def land(self, nbytes: int, knows: Knowledge, event: Event) -> None:
         """A copy has brought its bytes."""
         self.bytes_due -= nbytes
+        self.under_way -= nbytes
         self.gathered.join(knows)
         self.events.append(event)
         self._complete()
@@ -76,6 +78,9 @@ class Barrier:
             raise WrongBytes(what, self.events, EXPECT)
         if self.bytes_due:
             return
+        if self.under_way:
+            what = f"{self.name} completes phase {self.phases}, and {self.under_way} bytes more are on their way to it"
+            raise WrongBytes(what, self.events, EXPECT)
         if not self.seen:
             what = f"{self.name} completes phase {self.phases} before anybody has waited for phase {self.phases - 1}"
             cure = "an arrival too many, or a wait too few: the parity says no more which phase is complete"

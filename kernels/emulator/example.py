@@ -4,6 +4,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from kernels.hopper.compat import tma_load, tma_store
+
 
 @gluon.jit
 def double_kernel(source, target, FENCED: gl.constexpr, num_warps: gl.constexpr):
@@ -14,11 +16,11 @@ def double_kernel(source, target, FENCED: gl.constexpr, num_warps: gl.constexpr)
     row = gl.program_id(0) * source.block_type.shape[0]
 
     mbarrier.expect(landed, source.block_type.nbytes)
-    tma.async_copy_global_to_shared(source, [row, 0], landed, tile)
+    tma_load(source, [row, 0], landed, tile)
     mbarrier.wait(landed, 0)
     registers: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
     tile.store(tile.load(registers) * 2)
     if FENCED:
         fence_async_shared()
-    tma.async_copy_shared_to_global(target, [row, 0], tile)
+    tma_store(target, [row, 0], tile)
     tma.store_wait(0)

@@ -13,7 +13,7 @@ from kernels.emulator import arithmetic, units
 from kernels.emulator.arithmetic import as_value, make
 from kernels.emulator.barriers import Barrier
 from kernels.emulator.memory import BLOCK_BYTES, MemDesc, allocate
-from kernels.emulator.reports import BadBarrier, Event, NotModelled, OutOfBounds, assigned_name, here
+from kernels.emulator.reports import BadBarrier, Event, FailedAssert, NotModelled, OutOfBounds, assigned_name, here
 from kernels.emulator.scheduler import current
 from kernels.emulator.values import Value, bad_layout, scalar
 
@@ -44,14 +44,14 @@ def num_programs(axis: int) -> Value:
     return scalar(current().program.grid[axis])
 
 
-def static_assert(condition: Any, message: str = "") -> None:
-    if not condition:
-        raise bad_layout(f"static_assert failed: {message or here().code}")
+def static_assert(cond: Any, msg: str = "") -> None:
+    if not cond:
+        raise FailedAssert(f"static_assert {msg}", [Event("static_assert", here(), "compiler")])
 
 
-def device_assert(condition: Any, message: str = "", **_: Any) -> None:
-    if not bool(as_value(condition).data.all()):
-        raise OutOfBounds(f"device_assert failed: {message}", [Event("device_assert", here(), current().name)])
+def device_assert(cond: Any, msg: str = "", mask: Any = True) -> None:
+    if not bool((as_value(cond).data | ~as_value(mask).data).all()):
+        raise FailedAssert(f"device_assert {msg}", [Event("device_assert", here(), current().name)])
 
 
 def block_barrier(*, cluster: bool = False) -> None:
@@ -65,15 +65,19 @@ def kernel_range(*bounds: Any) -> Any:
     return map(scalar, range(*(int(bound) for bound in bounds)))
 
 
-def warp_specialize(parts: list, worker_num_warps: list[int], worker_num_regs: list[int] | None = None) -> Any:
+def warp_specialize(
+    functions_and_args: list, worker_num_warps: list[int], worker_num_regs: list[int] | None = None
+) -> Any:
     """Runs the first function by the warps that are here and each other one by warps of its own, at the same time."""
-    me = current()
+    me, parts = current(), functions_and_args
     if len(me.program.partitions) > 1:
         raise bad_layout("warp_specialize inside warp_specialize")
+    if any(warps & (warps - 1) for warps in worker_num_warps):
+        raise bad_layout(f"workers of {worker_num_warps} warps", "each wants a power of two")
     if len(worker_num_warps) != len(parts) - 1 or len(worker_num_regs or worker_num_warps) != len(parts) - 1:
         raise bad_layout(f"{len(parts) - 1} workers, {len(worker_num_warps)} numbers of warps, and {worker_num_regs}")
     for function, arguments in parts[1:]:
-        if any(isinstance(x, Value) and x.data.ndim for x in _flat(arguments)):
+        if any(isinstance(x, Value) and x.shape for x in _flat(arguments)):
             raise bad_layout(f"{function.__name__} gets a tensor in registers, which only the first partition can take")
     if worker_num_regs:
         _check_registers(me.num_warps, worker_num_warps, worker_num_regs)
@@ -155,50 +159,49 @@ def fence_async_shared(cluster: bool = False) -> None:
 # ---- barriers ----
 
 
-def barrier_init(barrier: MemDesc, count: int) -> None:
-    event = current().event(f"init of {barrier.label}")
+def barrier_init(mbarrier: MemDesc, count: int) -> None:
+    access = current().access(f"init of {mbarrier.label}", write=True)
     if int(count) < 1:
-        raise BadBarrier(f"{barrier.label} is initialised for {count} arrivals", [event], "give it one at least")
-    barrier.allocation.barriers[barrier.box] = Barrier(barrier.label, int(count))
+        raise BadBarrier(f"{mbarrier.label} is initialised for {count} arrivals, wants one at least", [access.event])
+    if mbarrier.box in mbarrier.allocation.barriers:
+        cure = "init it once, or mbarrier.invalidate it before"
+        raise BadBarrier(f"{mbarrier.label} is initialised again while it is in use", [access.event], cure)
+    mbarrier.touch(access)
+    mbarrier.allocation.barriers[mbarrier.box] = Barrier(mbarrier.label, int(count))
 
 
-def barrier_invalidate(barrier: MemDesc) -> None:
-    event = current().event(f"invalidate of {barrier.label}")
-    _barrier(barrier, event)
-    del barrier.allocation.barriers[barrier.box]
+def barrier_invalidate(mbarrier: MemDesc) -> None:
+    mbarrier.barrier(current().access(f"invalidate of {mbarrier.label}", write=True))
+    del mbarrier.allocation.barriers[mbarrier.box]
 
 
-def _barrier(barrier: MemDesc, event: Event) -> Barrier:
-    found = barrier.allocation.barriers.get(barrier.box)
-    if found is None:
-        raise BadBarrier(f"{barrier.label} is not initialised, or no more", [event], "mbarrier.init comes first")
-    return found
+def barrier_expect(mbarrier: MemDesc, bytes_per_cta: int = 0, pred: Any = True, *, bytes: int = 0) -> None:
+    """`bytes` is the name in triton 3.6."""
+    if pred:
+        me, nbytes = current(), int(bytes_per_cta) or int(bytes)
+        access = me.access(f"expect {nbytes} bytes at {mbarrier.label}", write=False)
+        mbarrier.barrier(access).expect(nbytes, me.knowledge, access.event)
 
 
-def barrier_expect(barrier: MemDesc, bytes_per_cta: int = 0, pred: Any = True) -> None:
+def barrier_arrive(mbarrier: MemDesc, *, count: int = 1, pred: Any = True) -> None:
     if pred:
         me = current()
-        event = me.event(f"expect {int(bytes_per_cta)} bytes at {barrier.label}")
-        _barrier(barrier, event).expect(int(bytes_per_cta), me.knowledge, event)
+        access = me.access(f"arrive at {mbarrier.label}", write=False)
+        mbarrier.barrier(access).arrive(int(count), me.knowledge, access.event)
 
 
-def barrier_arrive(barrier: MemDesc, *, count: int = 1, pred: Any = True) -> None:
-    if pred:
-        me = current()
-        event = me.event(f"arrive at {barrier.label}")
-        _barrier(barrier, event).arrive(int(count), me.knowledge, event)
-
-
-def barrier_wait(barrier: MemDesc, phase: Any, pred: Any = True, deps: tuple = ()) -> None:
+def barrier_wait(mbarrier: MemDesc, phase: Any, pred: Any = True, deps: tuple = ()) -> None:
     if not pred:
         return
-    me, parity = current(), int(phase) & 1
-    event = me.event(f"wait for {barrier.label}, phase {parity}")
-    found = _barrier(barrier, event)
+    me, parity = current(), int(phase)
+    access = me.access(f"wait for {mbarrier.label}, phase {parity}", write=False)
+    event, found = access.event, mbarrier.barrier(access)
+    if parity not in (0, 1):
+        raise BadBarrier(f"a wait for {mbarrier.label} at phase {parity}, and a parity is 0 or 1", [event], "phase & 1")
     if found.is_complete(parity):
         found.waited_too_early = event if found.bytes_due else None
     else:
-        me.wait(lambda: found.is_complete(parity), event, f"{barrier.label}, phase {parity}", found)
+        me.wait(lambda: found.is_complete(parity), event, f"{mbarrier.label}, phase {parity}", found)
     found.seen = True
     me.knowledge.join(found.released)
 
@@ -214,9 +217,7 @@ def tma_load(tensor_desc, coord, barrier, result, pred: Any = True, multicast: b
     if multicast:
         raise NotModelled("the emulator does not know multicast: it runs one block at a time")
     if pred:
-        me = current()
-        found = _barrier(barrier, Event(f"TMA copy into {result.label}", here(), me.name))
-        units.copy_in(me, tensor_desc, [int(c) for c in coord], found, result)
+        units.copy_in(current(), tensor_desc, [int(c) for c in coord], barrier, result)
 
 
 def tma_store(tensor_desc, coord, src) -> None:
@@ -244,16 +245,12 @@ def warpgroup_mma_wait(num_outstanding: int = 0, deps: Any = None) -> Any:
     return units.wait_for_products(current(), int(num_outstanding), tuple(deps))
 
 
-def warpgroup_mma_init(value: Value) -> units.Accumulator:
-    return units.Accumulator(value.data, value.layout, None, current())
-
-
 # ---- the words themselves ----
 
 
 # fmt: off
-_COMPUTE = ["add", "arange", "cast", "cdiv", "convert_layout", "expand_dims", "fma", "full", "load", "maximum",
-            "minimum", "mul", "store", "sub", "where", "zeros"]
+_COMPUTE = ["arange", "cast", "cdiv", "convert_layout", "expand_dims", "fma", "full", "load", "maximum", "minimum",
+            "store", "where", "zeros"]
 _TYPES = ["int1", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float8e5", "float8e4nv",
           "float16", "bfloat16", "float32", "float64", "pointer_type", "block_type", "constexpr", "tensor", "tuple"]
 _LAYOUTS = ["AutoLayout", "BlockedLayout", "CoalescedLayout", "DistributedLinearLayout", "DotOperandLayout",
@@ -278,9 +275,9 @@ gl = Namespace(
         "static_range": range,
         "static_print": print,
         "device_assert": device_assert,
-        "assume": lambda condition: None,
-        "multiple_of": lambda x, values: x,
-        "max_contiguous": lambda x, values: x,
+        "assume": lambda cond: None,
+        "multiple_of": lambda input, values: input,
+        "max_contiguous": lambda input, values: input,
         "barrier": block_barrier,
         "thread_barrier": block_barrier,
         "warp_specialize": warp_specialize,
@@ -321,6 +318,6 @@ hopper = Namespace(
         "fence_async_shared": fence_async_shared,
         "warpgroup_mma": warpgroup_mma,
         "warpgroup_mma_wait": warpgroup_mma_wait,
-        "warpgroup_mma_init": warpgroup_mma_init,
+        "warpgroup_mma_init": lambda value: value,
     },
 )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
+import math
+import traceback
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +17,7 @@ from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.emulator import language
-from kernels.emulator.reports import EMULATED, NotModelled, Report
+from kernels.emulator.reports import EMULATED, NotModelled, Place, Race, Report
 from kernels.emulator.scheduler import Program
 from kernels.emulator.units import Descriptor
 from kernels.emulator.values import pointer_to, scalar
@@ -49,7 +52,8 @@ def emulate(
         seed: of those interleavings: the same seed gives the same ones.
 
     Raises:
-        Report: what is wrong with the kernel: `Race`, `Deadlock`, `MissingFence` and others.
+        Report: what is wrong with the kernel: `Race`, `Deadlock`, `MissingFence` and others. Tensors that another
+            interleaving leaves otherwise are a `Race` too.
         NotModelled: where the kernel uses what the emulator does not know.
         TypeError: where the kernel is no `@gluon.jit` function, or the arguments do not fit it.
     """
@@ -58,31 +62,67 @@ def emulate(
     named.pop("maxnreg", None)  # a limit for the compiler
     if "num_warps" in kernel.arg_names:
         named["num_warps"] = num_warps
-    arguments = _bind(kernel, args, named)
-    function = _Translator().function(kernel)
-    full_grid = (*grid, 1, 1)[:3]
-    orders = set()
-    for number in range(explore + 1):
-        choices: list[int] = []
-        for place in itertools.product(*(range(size) for size in reversed(full_grid))):
-            program = Program(place[::-1], full_grid, num_warps, None if number == 0 else f"{seed} {number}")
-            try:
-                program.run(lambda: function(*arguments))
-            except Report as report:
-                report.add_note(f"in program {place[::-1]} of {full_grid}, interleaving {number}, seed {seed}")
-                raise
-            choices += [*program.choices, -1]
-        orders.add(tuple(choices))
-    programs = full_grid[0] * full_grid[1] * full_grid[2]
-    return Run(programs, explore + 1, len(orders))
-
-
-def _bind(kernel: Any, args: tuple, named: dict[str, Any]) -> list[Any]:
-    """The arguments in order, as the kernel sees them; compile-time ones stay plain Python."""
     bound = inspect.signature(kernel.fn).bind(*args, **named)
     bound.apply_defaults()
     constant = {parameter.name: parameter.is_constexpr for parameter in kernel.params}
-    return [value if constant[name] else _argument(name, value) for name, value in bound.arguments.items()]
+    arguments = [value if constant[name] else _argument(name, value) for name, value in bound.arguments.items()]
+    body = functools.partial(_Translator().function(kernel), *arguments)
+    full_grid = (*grid, 1, 1)[:3]
+    memories = [memory for name, value in bound.arguments.items() for memory in _memories(name, value)]
+    before = [memory.clone() for _, memory in memories]
+    orders, plain = set(), []
+    for number in range(explore + 1):
+        for (_, memory), content in zip(memories, before, strict=True):
+            memory.copy_(content)
+        orders.add(_run_grid(body, full_grid, num_warps, number, seed))
+        plain = plain or [memory.clone() for _, memory in memories]
+        for (name, memory), content in zip(memories, plain, strict=True):
+            _check_same(name, memory, content, f"in interleaving {number}, seed {seed}")
+    return Run(math.prod(full_grid), explore + 1, len(orders))
+
+
+def _run_grid(body: Callable, grid: tuple[int, ...], num_warps: int, number: int, seed: int) -> tuple[int, ...]:
+    """Runs every program in one interleaving; returns what was chosen on the way."""
+    choices: list[int] = []
+    for place in itertools.product(*(range(size) for size in reversed(grid))):
+        program = Program(place[::-1], grid, num_warps, None if number == 0 else f"{seed} {number}")
+        try:
+            program.run(body)
+        except Report as report:
+            report.add_note(f"in program {place[::-1]} of {grid}, interleaving {number}, seed {seed}")
+            raise
+        except (AttributeError, TypeError) as error:
+            _refuse_line(error)
+            raise
+        choices += [*program.choices, -1]
+    return tuple(choices)
+
+
+def _refuse_line(error: Exception) -> None:
+    """Raises NotModelled where a kernel's own line failed: it asked the emulator for what that does not have."""
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    if EMULATED in frame.f_globals:
+        place = Place(((frame.f_code.co_filename, line, frame.f_code.co_name),))
+        raise NotModelled(f"the emulator does not know this: {error}\n  {place}: {place.code}") from error
+
+
+def _memories(name: str, value: Any) -> list[tuple[str, torch.Tensor]]:
+    """The memory of an argument's tensors, with the argument's name."""
+    if isinstance(value, tuple):
+        return [memory for item in value for memory in _memories(name, item)]
+    tensor = value.base if isinstance(value, TensorDescriptor) else value
+    return [(name, pointer_to(tensor, name).memory)] if isinstance(tensor, torch.Tensor) else []
+
+
+def _check_same(name: str, memory: torch.Tensor, plain: torch.Tensor, where: str) -> None:
+    """Bit by bit: raises Race where a tensor does not end as in the plain order."""
+    different = (memory.view(torch.uint8) != plain.view(torch.uint8)).nonzero()
+    if len(different):
+        element = int(different[0]) // memory.element_size()
+        cure = "two operations touch this memory, one writes, and nothing orders them"
+        report = Race(f"{name} does not end as in the plain order, from element {element} on", [], cure)
+        report.add_note(where)
+        raise report
 
 
 def _argument(name: str, value: Any) -> Any:
@@ -134,6 +174,8 @@ class _Translator:
             origin = value.fn.__module__
             if origin.split(".")[0] != "triton":
                 return self.function(value)
+        if getattr(value, "__triton_aggregate__", False):
+            raise NotModelled(f"the emulator does not know @aggregate, which makes {value.__name__}")
         is_word = getattr(value, "__triton_builtin__", False) or isinstance(value, GluonJITFunction)
         if is_word and origin.split(".")[0] == "triton":
             name = getattr(value, "__name__", "") or value.fn.__name__

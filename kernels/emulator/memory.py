@@ -6,17 +6,26 @@ the part it touches, and compared with the earlier ones there by `order.Knowledg
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from triton.experimental.gluon.language import _layouts as layouts
 
-from kernels.emulator.barriers import Barrier
+from kernels.emulator.barriers import EXPECT, Barrier
 from kernels.emulator.order import Knowledge
-from kernels.emulator.reports import Event, MissingFence, NotModelled, Race, Unwritten, UseAfterFree
+from kernels.emulator.reports import (
+    BadBarrier,
+    Event,
+    MissingFence,
+    NotModelled,
+    OutOfBounds,
+    Race,
+    Unwritten,
+    UseAfterFree,
+    WrongBytes,
+)
 from kernels.emulator.values import bad_layout, gluon_type, torch_type
 
 Box = tuple[tuple[int, int], ...]  # (start, stop) of each dimension of the allocation
@@ -59,7 +68,7 @@ class Allocation:
     data: torch.Tensor
     freed: Event | None = None
     accesses: list[Access] = field(default_factory=list)
-    barriers: dict[Box, Any] = field(default_factory=dict)
+    barriers: dict[Box, Barrier] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +82,7 @@ class Allocation:
         """
         if self.freed:
             raise UseAfterFree(f"{self.name} is used after it was freed", [self.freed, access.event])
-        access = dataclasses.replace(access, box=box)
+        access = replace(access, box=box)
         there = [earlier for earlier in self.accesses if _overlap(earlier.box, box)]
         for earlier in there:
             if access.write or earlier.write:
@@ -95,20 +104,24 @@ class Allocation:
         self.accesses = [
             earlier
             for earlier in self.accesses
-            if not (_covers(access.box, earlier.box) and (access.write or _same_reader(access, earlier)))
+            if not (_covers(access.box, earlier.box) and (access.write or _later_reader(access, earlier)))
         ]
         self.accesses.append(access)
 
 
-def _same_reader(access: Access, earlier: Access) -> bool:
-    return not earlier.write and earlier.actor == access.actor
+def _later_reader(access: Access, earlier: Access) -> bool:
+    return not earlier.write and earlier.engine == access.engine and access.after(earlier)
 
 
 def _check_order(label: str, earlier: Access, later: Access) -> None:
     events = [earlier.event, later.event]
     if not later.after(earlier):
-        if earlier.completes and earlier.completes.waited_too_early:
-            events.append(earlier.completes.waited_too_early)
+        barrier = earlier.completes
+        if barrier and barrier.under_way > barrier.bytes_due:
+            what = f"on {label}: {barrier.name} does not expect the copy, so a wait for it does not wait for the copy"
+            raise WrongBytes(what, events, EXPECT)
+        if barrier and barrier.waited_too_early:
+            events.append(barrier.waited_too_early)
         raise Race(f"on {label}: nothing orders these two", events, _cure(earlier))
     if later.engine and not earlier.engine and not later.fenced_after(earlier):
         cure = "threads and engines see it in order only with fence_async_shared() between the two"
@@ -133,23 +146,26 @@ def _covers(a: Box, b: Box) -> bool:
     return all(outer[0] <= inner[0] and inner[1] <= outer[1] for outer, inner in zip(a, b, strict=True))
 
 
+@dataclass(eq=False)
 class MemDesc:
     """Gluon's shared-memory descriptor: a view of an allocation.
 
     Args:
         dims: for each dimension of the view the allocation's dimension; None after a reshape.
+        outside: the index that lies outside, in words: only a use of such a part is a fault.
     """
 
-    def __init__(self, allocation: Allocation, data: torch.Tensor, box: Box, dims: list[int] | None, layout: Any):
-        self.allocation, self.data, self.box, self.dims, self.layout = allocation, data, box, dims, layout
+    allocation: Allocation
+    data: torch.Tensor
+    box: Box
+    dims: list[int] | None
+    layout: Any
+    outside: str = ""
 
     dtype = property(lambda self: gluon_type(self.data.dtype))
     shape = property(lambda self: list(self.data.shape))
     rank = property(lambda self: self.data.ndim)
     type = property(lambda self: SimpleNamespace(shape=self.shape, layout=self.layout, element_ty=self.dtype))
-
-    def __getattr__(self, name: str) -> Any:
-        raise NotModelled(f"the emulator does not know .{name} of shared memory")
 
     @property
     def label(self) -> str:
@@ -163,13 +179,13 @@ class MemDesc:
         return self.allocation.name + (f"[{', '.join(parts)}]" if parts else "")
 
     def index(self, index: Any) -> MemDesc:
-        i = int(index)
-        if not 0 <= i < self.shape[0]:
-            raise bad_layout(f"{self.label} has {self.shape[0]} parts, and .index({i}) is asked for")
+        i, parts = int(index), self.shape[0]
+        outside = "" if 0 <= i < parts else f"{self.label} has {parts} parts, and part {i} is used"
         dim = self._dim(0)
         start = self.box[dim][0] + i
         box = (*self.box[:dim], (start, start + 1), *self.box[dim + 1 :])
-        return MemDesc(self.allocation, self.data[i], box, self.dims[1:], self.layout)  # type: ignore[index]
+        dims = self.dims and self.dims[1:]
+        return replace(self, data=self.data[i % parts], box=box, dims=dims, outside=self.outside or outside)
 
     def slice(self, start: int, length: int, dim: int = 0) -> MemDesc:
         if not 0 <= start <= start + length <= self.shape[dim]:
@@ -179,23 +195,23 @@ class MemDesc:
         where = self._dim(dim)
         first = self.box[where][0] + start
         box = (*self.box[:where], (first, first + length), *self.box[where + 1 :])
-        return MemDesc(self.allocation, self.data.narrow(dim, start, length), box, self.dims, self.layout)
+        return replace(self, data=self.data.narrow(dim, start, length), box=box)
 
     def permute(self, order: Any) -> MemDesc:
         order = [int(i) for i in order]
         dims = self.dims and [self.dims[i] for i in order]
         layout = self.layout
         if isinstance(layout, layouts.NVMMASharedLayout) and order != sorted(order):
-            layout = dataclasses.replace(layout, transposed=not layout.transposed)
-        return MemDesc(self.allocation, self.data.permute(order), self.box, dims, layout)
+            layout = replace(layout, transposed=not layout.transposed)
+        return replace(self, data=self.data.permute(order), dims=dims, layout=layout)
 
     def reshape(self, shape: Any) -> MemDesc:
         if not self.data.is_contiguous():
             raise NotModelled("the emulator does not know .reshape after .permute: reshape first")
         layout = self.layout
         if isinstance(layout, layouts.NVMMASharedLayout):
-            layout = dataclasses.replace(layout, rank=len(shape))
-        return MemDesc(self.allocation, self.data.view(list(shape)), self.box, None, layout)
+            layout = replace(layout, rank=len(shape))
+        return replace(self, data=self.data.view(list(shape)), dims=None, layout=layout)
 
     def _dim(self, dim: int) -> int:
         if self.dims is None:
@@ -203,7 +219,18 @@ class MemDesc:
         return self.dims[dim]
 
     def touch(self, access: Access) -> None:
+        if self.outside:
+            raise OutOfBounds(self.outside, [access.event])
         self.allocation.touch(self.label, self.box, access)
+
+    def barrier(self, access: Access) -> Barrier:
+        """The mbarrier that lies here: whoever uses it reads what its init wrote."""
+        found = self.allocation.barriers.get(self.box)
+        if found is None and not self.outside:
+            what = f"{self.label} is not initialised, or no more"
+            raise BadBarrier(what, [access.event], "mbarrier.init comes first")
+        self.touch(access)
+        return found  # type: ignore[return-value]
 
 
 def allocate(name: str, dtype: Any, shape: list[int], layout: Any) -> MemDesc:

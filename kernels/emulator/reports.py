@@ -35,7 +35,7 @@ class Report(Exception):
 
 
 class Race(Report):
-    """Two operations touch the same shared memory or registers, one writes, and nothing orders them."""
+    """Two operations touch the same memory or registers, one writes, and nothing orders them."""
 
     kind = "race"
 
@@ -53,7 +53,7 @@ class Deadlock(Report):
 
 
 class WrongBytes(Report):
-    """A barrier was told to expect more or fewer bytes than the copies brought."""
+    """A barrier was told to expect more or fewer bytes than the copies bring."""
 
     kind = "wrong bytes"
 
@@ -65,7 +65,7 @@ class WrongArrivals(Report):
 
 
 class BadBarrier(Report):
-    """A barrier that is not initialised, or no longer."""
+    """A barrier that is not initialised, no longer or twice, or a phase that is neither 0 nor 1."""
 
     kind = "bad barrier"
 
@@ -83,7 +83,7 @@ class Unwritten(Report):
 
 
 class OutOfBounds(Report):
-    """A pointer outside its tensor, or more shared memory than a block has."""
+    """A pointer outside its tensor, a slot outside its buffer, or more shared memory than a block has."""
 
     kind = "out of bounds"
 
@@ -92,6 +92,12 @@ class BadLayout(Report):
     """Layouts, shapes or types that do not fit together: the compiler or the GPU would refuse them."""
 
     kind = "bad layout"
+
+
+class FailedAssert(Report):
+    """`gl.static_assert` or `gl.device_assert` does not hold."""
+
+    kind = "failed assert"
 
 
 class NotModelled(NotImplementedError):

@@ -7,18 +7,24 @@ result of a product, are NaN.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language import _layouts as layouts
 
-from kernels.emulator.barriers import Barrier
 from kernels.emulator.memory import Access, MemDesc, poison
-from kernels.emulator.reports import Race
+from kernels.emulator.reports import NotModelled, Race
 from kernels.emulator.scheduler import Operation, Partition
 from kernels.emulator.values import Value, bad_layout, gluon_type, scalar
+
+ACCUMULATORS = {  # what each type of operands may be summed in
+    gl.bfloat16: (gl.float32,),
+    gl.float16: (gl.float32, gl.float16),
+    gl.float8e4nv: (gl.float32, gl.float16),
+}
 
 
 @dataclass
@@ -43,6 +49,7 @@ class Descriptor:
     )
     shape = property(lambda self: [scalar(size) for size in self.tensor.shape])
     strides = property(lambda self: [scalar(stride, torch.int64) for stride in self.tensor.stride()])
+    type = property(lambda self: SimpleNamespace(block_type=self.block_type, layout=self.layout))
 
     def __post_init__(self) -> None:
         item = self.tensor.element_size()
@@ -50,6 +57,8 @@ class Descriptor:
             raise bad_layout("TMA wants a tensor that starts at 16 bytes and strides in multiples of 16 bytes")
         if self.tensor.stride(-1) != 1 or self.block_shape[-1] * item < 16:
             raise bad_layout("TMA wants a last dimension without gaps, and a block of at least 16 bytes in it")
+        if getattr(self.layout, "transposed", False):
+            raise bad_layout(f"TMA wants a layout that is not transposed, and got {self.layout}")
 
     def read(self, corner: list[int]) -> torch.Tensor:
         """The block at a corner, padded where it lies outside."""
@@ -83,7 +92,7 @@ def _check_block(descriptor: Descriptor, corner: list[int], smem: MemDesc) -> No
         raise bad_layout(f"{len(corner)} coordinates for a block of {len(descriptor.block_shape)} dimensions")
 
 
-def copy_in(me: Partition, descriptor: Descriptor, corner: list[int], barrier: Barrier, smem: MemDesc) -> None:
+def copy_in(me: Partition, descriptor: Descriptor, corner: list[int], bar: MemDesc, smem: MemDesc) -> None:
     """Begins a copy from global to shared memory; its bytes complete the barrier."""
     _check_block(descriptor, corner, smem)
     event = me.event(f"TMA copy into {smem.label}")
@@ -93,7 +102,10 @@ def copy_in(me: Partition, descriptor: Descriptor, corner: list[int], barrier: B
         barrier.land(descriptor.nbytes, operation.knowledge, event)
 
     operation = Operation(event, land, None, [smem.allocation])
-    smem.touch(Access(event, operation.actor, 0, me.knowledge.copy(), True, engine=True, completes=barrier))
+    access = Access(event, operation.actor, 0, me.knowledge.copy(), write=False, engine=False)
+    barrier = bar.barrier(access)
+    smem.touch(replace(access, write=True, engine=True, completes=barrier))
+    barrier.under_way += descriptor.nbytes
     barrier.waited_too_early = None
     poison(smem.data)
     me.program.start(operation)
@@ -122,46 +134,41 @@ def _finish_all_but(me: Partition, operations: list[Operation], pending: int) ->
         me.knowledge.join(operation.knowledge)
 
 
-class Accumulator:
-    """The result of an asynchronous product: no number until `warpgroup_mma_wait` has returned it."""
+class Accumulator(Value):
+    """The result of an asynchronous product: a value once `warpgroup_mma_wait` has returned it, and it is done.
 
-    def __init__(self, data: torch.Tensor, layout: Any, operation: Operation | None, owner: Partition):
-        self._data, self._layout, self._operation, self._owner = data, layout, operation, owner
+    Args:
+        returned: whether it comes from `warpgroup_mma_wait`, which may have left the product in flight.
+    """
 
-    def __getattr__(self, name: str) -> Any:
-        self._refuse()
-
-    def _refuse(self, *_: Any) -> Any:
-        raise early_use(self._operation, self._owner)
-
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __getitem__ = _refuse
-
-
-class EarlyValue(Value):
-    """What `warpgroup_mma_wait(n)` returned of a product that is not among those waited for."""
-
-    def __init__(self, data: torch.Tensor, layout: Any, operation: Operation, owner: Partition):
-        self._hidden, self.layout, self._operation, self._owner = data, layout, operation, owner
+    def __init__(self, data: torch.Tensor, layout: Any, operation: Operation, owner: Partition, returned: bool = False):
+        super().__init__(data, layout)
+        self.operation, self.owner, self.returned, self.taken = operation, owner, returned, False
 
     @property
     def data(self) -> torch.Tensor:  # type: ignore[override]
-        if self._operation not in self._owner.products:
-            return self._hidden
-        raise early_use(self._operation, self._owner)
+        if self.returned and self.operation not in self.owner.products:
+            return self._data
+        what = "on the accumulator: the tensor cores are still writing it"
+        raise Race(what, [self.operation.event, self.owner.event("use of its result")], RETURN)
+
+    def hand_on(self) -> torch.Tensor:
+        """For the next product, without a wait: products run in order. Two cannot both go on from one in flight."""
+        if self.taken and self.operation in self.owner.products:
+            what = "on the accumulator: a product goes on from it, and another has done so already"
+            raise Race(what, [self.operation.event, self.owner.event("another product from it")], RETURN)
+        self.taken = True
+        return self._data
 
 
-def early_use(operation: Operation | None, me: Partition) -> Race:
-    events = ([operation.event] if operation else []) + [me.event("use of its result")]
-    cure = "warpgroup_mma_wait(n, deps=(…,)) must come between, with n the number of later products that may still run"
-    return Race("on the accumulator: the tensor cores are still writing it", events, cure)
+RETURN = "warpgroup_mma_wait(n, deps=(…,)) must come between, with n the number of later products that may still run"
 
 
-def multiply(
-    me: Partition, a: MemDesc | Value, b: MemDesc, acc: Value | Accumulator, use_acc: bool, is_async: bool
-) -> Any:
+def multiply(me: Partition, a: MemDesc | Value, b: MemDesc, acc: Value, use_acc: bool, is_async: bool) -> Value:
     """Begins acc + a @ b on the tensor cores, in fp32; waits for it unless asynchronous."""
-    before, start, layout = _accumulator(me, acc)
-    _check_product(me, a, b, list(start.shape), layout)
+    _check_product(me, a, b, acc)
+    start = acc.hand_on() if isinstance(acc, Accumulator) else acc.data
+    layout = acc.layout
     event = me.event(f"warpgroup_mma of {a.label if isinstance(a, MemDesc) else 'registers'} and {b.label}")
     result = torch.full_like(start, torch.nan)
     left = a.data
@@ -187,53 +194,47 @@ def wait_for_products(me: Partition, pending: int, deps: tuple[Any, ...]) -> Any
     """Goes on when all but the latest `pending` products are done; returns the deps as numbers."""
     me.event("warpgroup_mma_wait")
     _finish_all_but(me, me.products, pending)
-    results = tuple(_as_value(me, dep) for dep in deps)
+    results = tuple(
+        Accumulator(dep._data, dep.layout, dep.operation, me, returned=True) if isinstance(dep, Accumulator) else dep
+        for dep in deps
+    )
     return results[0] if len(results) == 1 else results
 
 
-def _as_value(me: Partition, dep: Any) -> Any:
-    if isinstance(dep, Accumulator):
-        if dep._operation is not None and dep._operation in me.products:
-            return EarlyValue(dep._data, dep._layout, dep._operation, me)
-        return Value(dep._data, dep._layout)
-    return dep
-
-
-def _accumulator(me: Partition, acc: Value | Accumulator) -> tuple[Operation | None, torch.Tensor, Any]:
-    """An accumulator may be handed on from product to product without a wait: they run in order."""
-    if isinstance(acc, Accumulator):
-        return acc._operation, acc._data, acc._layout
-    if isinstance(acc, EarlyValue):
-        return acc._operation, acc._hidden, acc.layout
-    return None, acc.data, acc.layout
-
-
-def _check_product(me: Partition, a: Any, b: MemDesc, shape: list[int], layout: Any) -> None:
+def _check_product(me: Partition, a: Any, b: MemDesc, acc: Value) -> None:
     """What the compiler or the GPU would refuse, named.
 
     Source:
-        PTX ISA, «Asynchronous Warpgroup Level Matrix Instructions»: shapes, and 8-bit operands along K only.
+        PTX ISA, «Asynchronous Warpgroup Level Matrix Instructions»: shapes, types of the sums, 8-bit operands along K.
     """
+    layout = acc.layout
     if not isinstance(layout, layouts.NVMMADistributedLayout) or list(layout.version) != [3, 0]:
         raise bad_layout(f"the accumulator of warpgroup_mma is in {layout}", "use NVMMADistributedLayout([3, 0], …)")
     warps = layout.warps_per_cta[0] * layout.warps_per_cta[1]
-    if warps != me.num_warps or warps % 4:
+    if warps != me.num_warps or layout.warps_per_cta[0] % 4:
         raise bad_layout(f"the accumulator is laid out for {warps} warps, and {me.num_warps} run this",
-                         "warpgroup_mma wants warpgroups of 4 warps, all of them in warps_per_cta")  # fmt: skip
+                         "warpgroup_mma wants all warps in warps_per_cta, a multiple of 4 along the rows")  # fmt: skip
     if not isinstance(b, MemDesc):
         raise bad_layout("b of warpgroup_mma is in registers", "b must be in shared memory")
     (m, k), (k_too, n) = a.shape, b.shape
-    if k != k_too or [m, n] != shape or a.dtype != b.dtype:
-        raise bad_layout(f"warpgroup_mma of {a.dtype} {a.shape} and {b.dtype} {b.shape} into {shape} does not fit")
+    if k != k_too or [m, n] != acc.shape or a.dtype != b.dtype:
+        raise bad_layout(f"warpgroup_mma of {a.dtype} {a.shape} and {b.dtype} {b.shape} into {acc.shape} does not fit")
+    sums = ACCUMULATORS.get(a.dtype)
+    if sums is None:
+        raise NotModelled(f"the emulator does not know warpgroup_mma of {a.dtype} (fp32 would be rounded to TF32)")
+    if acc.dtype not in sums:
+        raise bad_layout(f"warpgroup_mma of {a.dtype} sums in {' or '.join(map(str, sums))}, not in {acc.dtype}")
     bits = a.dtype.primitive_bitwidth
-    instruction = list(layout.instr_shape)
-    if m < 64 or n % instruction[1] or instruction[1] > 256 or instruction[0] != 16 or instruction[2] != 256 // bits:
-        raise bad_layout(f"instr_shape {instruction} does not fit a product of {m} × {n} in {a.dtype}",
-                         f"it wants [16, a divisor of {n} up to 256, {256 // bits}], and at least 64 rows")  # fmt: skip
+    rows, columns, depth = layout.instr_shape
+    if m < 64 or rows != 16 or columns % 8 or columns > 256 or n % columns or depth != 256 // bits or k % depth:
+        raise bad_layout(f"instr_shape {layout.instr_shape} does not fit a product of {m} × {n} × {k} in {a.dtype}",
+                         f"it wants [16, 8 to 256 in steps of 8 and a divisor of {n}, {256 // bits}], 64 rows and "
+                         f"{256 // bits} columns of a at least")  # fmt: skip
     for name, tile, row_major in (("a", a, True), ("b", b, False)):
         if isinstance(tile, MemDesc):
-            if not isinstance(tile.layout, layouts.NVMMASharedLayout):
-                raise bad_layout(f"{name} of warpgroup_mma, {tile.label}, is in {tile.layout}", "use NVMMASharedLayout")
+            if not isinstance(tile.layout, layouts.NVMMASharedLayout) or not tile.layout.swizzle_byte_width:
+                raise bad_layout(f"{name} of warpgroup_mma, {tile.label}, is in {tile.layout}",
+                                 "use NVMMASharedLayout, with a swizzle of 32 bytes at least")  # fmt: skip
             if bits == 8 and tile.layout.transposed == row_major:
                 raise bad_layout(f"{name} of an 8-bit warpgroup_mma, {tile.label}, is not contiguous along K")
         elif tile.layout != layouts.DotOperandLayout(0, layout, 32 // bits):

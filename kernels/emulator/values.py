@@ -55,11 +55,12 @@ class Value:
     """A tensor in registers, or a scalar (no dimensions)."""
 
     def __init__(self, data: torch.Tensor, layout: Any = AUTO):
-        self.data, self.layout = data, layout
+        self._data, self.layout = data, layout
 
-    dtype = property(lambda self: gluon_type(self.data.dtype))
-    shape = property(lambda self: list(self.data.shape))
-    numel = property(lambda self: self.data.numel())
+    data = property(lambda self: self._data)  # an accumulator in flight has none yet
+    dtype = property(lambda self: gluon_type(self._data.dtype))
+    shape = property(lambda self: list(self._data.shape))
+    numel = property(lambda self: self._data.numel())
     type = property(lambda self: SimpleNamespace(shape=self.shape, layout=self.layout, element_ty=self.dtype))
 
     def __repr__(self) -> str:
@@ -107,17 +108,20 @@ class Pointer(Value):
 
     __radd__ = __add__
 
+    def __sub__(self, offset: Any) -> Pointer:
+        return self + -offset
+
     def __getitem__(self, index: Any) -> Pointer:
         expanded = super().__getitem__(index)
         return Pointer(self.memory, expanded.data, expanded.layout, self.name)
 
-    def checked_offsets(self, mask: torch.Tensor) -> torch.Tensor:
+    def checked_offsets(self, mask: torch.Tensor, event: Event) -> torch.Tensor:
         """The offsets where the mask is set."""
         offsets = self.data.expand(mask.shape)[mask]
         outside = offsets[(offsets < 0) | (offsets >= self.memory.numel())]
         if len(outside):
             what = f"{self.name} has {self.memory.numel()} elements, and element {int(outside[0])} is asked for"
-            raise OutOfBounds(what, [Event("pointer access", here(), "threads")], "mask it: load and store take mask=…")
+            raise OutOfBounds(what, [event], "mask it: load and store take mask=…")
         return offsets
 
 
@@ -187,6 +191,8 @@ def _divide_like_c(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def _operator(function: Any, swapped: bool = False) -> Any:
     def method(self: Value, other: Any) -> Any:
+        if isinstance(self, Pointer):
+            raise NotModelled(f"the emulator does not know {function.__name__} of pointers, only + and - of offsets")
         if isinstance(other, Pointer):
             return NotImplemented
         return binary(function, other, self) if swapped else binary(function, self, other)

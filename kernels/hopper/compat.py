@@ -1,10 +1,10 @@
 """Gluon's names for Hopper, as they are in the triton that is installed: 3.6 to 3.9 do not all say the same.
 
-| here | 3.6, 3.7 | 3.8, 3.9 |
-|---|---|---|
-| `tma_load` | `tma.async_copy_global_to_shared` | `tma.async_load`; the older name is an alias |
-| `tma_store` | `tma.async_copy_shared_to_global` | `tma.async_store`; the older name is an alias |
-| `allocate_barriers` | 3.6 has no `mbarrier.allocate_mbarrier` | it has; what is written out here works in all |
+| here | 3.6, 3.7 | 3.8 | 3.9 |
+|---|---|---|---|
+| `tma_load` | `tma.async_copy_global_to_shared` | `tma.async_load`, or the older name | `tma.async_load` alone |
+| `tma_store` | `tma.async_copy_shared_to_global` | `tma.async_store`, or the older name | `tma.async_store` alone |
+| `allocate_barriers` | from 3.7 on `mbarrier.allocate_mbarrier` does half of it | the same | the same |
 """
 
 from triton.experimental import gluon

@@ -23,6 +23,7 @@ RUNGS: dict[str, ModuleType] = {
 BLOCK_M = BLOCK_N = 128
 STAGES = 2
 HEADDIMS = (64, 128)
+MOST_PROGRAMS = 65535  # in the second and third direction of a grid
 GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
@@ -47,7 +48,8 @@ def attention(
         rung: one of RUNGS.
         causal: query i sees the keys up to i + seqlen_k - seqlen_q (bottom-right aligned).
         softmax_scale: factor of the scores, positive; 1/√headdim when left out.
-        block_m, block_n: rows of a tile of queries and of keys, powers of two; block_m 64 (one warpgroup) or 128 (two).
+        block_m: rows of a tile of queries, 64 (one warpgroup) or 128 (two).
+        block_n: rows of a tile of keys, a power of two from 16 to 256.
         explore, seed: on the CPU, how many other interleavings to run too, and of which seed.
 
     Returns:
@@ -57,7 +59,7 @@ def attention(
         ValueError: where the rung is unknown, or an argument is not as above.
         kernels.emulator.Report: on the CPU, where the kernel is at fault.
     """
-    _check(q, k, v, rung, softmax_scale, block_m)
+    _check(q, k, v, rung, softmax_scale, block_m, block_n)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
     if q.numel() == 0 or k.numel() == 0:
@@ -65,7 +67,8 @@ def attention(
     launch = plan(q, k, v, out, lse, causal, softmax_scale, block_m, block_n)
     kernel = RUNGS[rung].forward
     if q.is_cuda:
-        kernel[launch.grid](*launch.arguments, num_warps=launch.num_warps)
+        with torch.cuda.device_of(q):  # Triton launches on the current device, which need not be the tensors'
+            kernel[launch.grid](*launch.arguments, num_warps=launch.num_warps)
     else:
         emulate(kernel, launch.grid, *launch.arguments, num_warps=launch.num_warps, explore=explore, seed=seed)
     return out, lse
@@ -106,14 +109,15 @@ def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     """
     batch, seqlen, nheads, headdim = x.shape
     flat = x.reshape(batch, seqlen, nheads * headdim)
-    if flat.stride(2) != 1 or flat.data_ptr() % 16 or any(stride * 2 % 16 for stride in flat.stride()[:2]):
-        flat = flat.contiguous()
+    steps = flat.stride()
+    if steps[2] != 1 or flat.data_ptr() % 16 or any(step * 2 % 16 or not step for step in steps[:2]):
+        flat = flat.clone(memory_format=torch.contiguous_format)
     block = [1, rows, headdim]
     layout = gl.NVMMASharedLayout.get_default_for(block, GLUON_TYPES[x.dtype])
     return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), block, layout)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, rung: str, softmax_scale: float | None, block_m: int) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, rung: str, softmax_scale: float | None, block_m: int, block_n: int) -> None:
     if rung not in RUNGS:
         raise ValueError(f"rung is {rung!r}, wants one of {', '.join(RUNGS)}")
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -125,9 +129,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, rung: str, softmax_scale: float | No
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit each other")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"key has {k.shape[2]} heads, not a divisor of query's {q.shape[2]}")
-    if softmax_scale is not None and softmax_scale <= 0:
+    if max(q.shape[0], q.shape[2]) > MOST_PROGRAMS:
+        raise ValueError(f"q has batch {q.shape[0]} and {q.shape[2]} heads, and a launch takes {MOST_PROGRAMS} of each")
+    if softmax_scale is not None and not 0 < softmax_scale < math.inf:
         raise ValueError(f"softmax_scale is {softmax_scale}, wants a positive number")
     if block_m not in (64, 128):
         raise ValueError(f"block_m is {block_m}, wants 64 or 128")
+    if block_n not in (16, 32, 64, 128, 256):
+        raise ValueError(f"block_n is {block_n}, wants a power of two from 16 to 256")
     if q.is_cuda and torch.cuda.get_device_capability(q.device) != (9, 0):
         raise ValueError(f"q is on {torch.cuda.get_device_name(q.device)}, and these kernels are for Hopper, sm_90")

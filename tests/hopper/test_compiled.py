@@ -19,17 +19,18 @@ DOCS = (Path(__file__).resolve().parents[2] / "docs" / "hopper.md").read_text(en
 
 @pytest.fixture(scope="module")
 def rungs():
-    """{(rung, headdim, type): report}, causal in bf16 and full in fp16."""
+    """{(rung, headdim, type): report}, causal in bf16; full, in fp16, at the smaller of the two."""
     jobs = {
         (rung, headdim, dtype): job
         for dtype, causal in ((torch.bfloat16, True), (torch.float16, False))
         for (rung, headdim), job in rung_jobs(dtype, causal).items()
+        if causal or headdim == HEADDIMS[0]
     }
     return dict(zip(jobs, inspect(jobs.values()), strict=True))
 
 
 def test_every_rung_compiles_in_both_headdims_and_types(rungs):
-    assert len(rungs) == len(RUNGS) * len(HEADDIMS) * 2
+    assert len(rungs) == len(RUNGS) * (len(HEADDIMS) + 1)
     assert not [report.failure for report in rungs.values() if report.failure]
 
 
@@ -37,14 +38,15 @@ def test_every_rung_multiplies_on_the_tensor_cores_and_copies_by_the_copy_engine
     for (rung, headdim, _), report in rungs.items():
         # One instruction multiplies along 16: d/16 for the scores, 128/16 for the output.
         assert report.hopper["wgmma.mma_async"] == headdim // 16 + 128 // 16, rung
-        assert report.hopper["cp.async.bulk.tensor"] >= 4, rung  # q, k, v in; o out
+        # q, k, v in, o out; rung 2 asks for k and v in two places, before the loop and in it.
+        assert report.hopper["cp.async.bulk.tensor"] >= (6 if rung == "pipelined" else 4), rung
 
 
 def test_each_rung_waits_where_its_idea_waits(rungs):
     waits = {rung: rungs[rung, 128, torch.bfloat16].hopper["mbarrier.try_wait"] for rung in RUNGS}
     assert waits["tma_wgmma"] == 3  # q, k, v: a wait behind each copy
     assert waits["specialized"] == 5  # q, k, v by the consumers; a free slot of k and of v by the producer
-    assert waits["pipelined"] >= 3
+    assert waits["pipelined"] in (3, 4)  # q, k, v: from triton 3.7 on, one of them stands there twice
 
 
 def test_the_producer_keeps_24_registers_and_the_consumers_get_240(rungs):
@@ -59,13 +61,14 @@ def test_nothing_spills_and_all_fits_into_a_block(rungs):
         assert 0 < report.registers <= 255 and report.shared_bytes <= 227 * 1024
 
 
-def test_a_single_query_compiles_too():
-    """Triton makes a constant of an argument that is 1."""
-    q, k = torch.empty(1, 1, 1, 64).half(), torch.empty(1, 1, 1, 64).half()
-    launch = plan(q, k, k, q, torch.empty(1, 1, 1), causal=True)
-    jobs = [job_of(f"{module.__name__}:forward", launch.arguments, launch.num_warps) for module in RUNGS.values()]
-    assert all(job.signature["seqlen_q"] == job.signature["heads_per_kv"] == "1" for job in jobs)
-    assert not [report.failure for report in inspect(jobs) if report.failure]
+@pytest.mark.parametrize("rung, seqlen, kind", [("pipelined", 1, "1"), ("specialized", 203, "i32")])
+def test_a_single_query_and_an_odd_length_compile_too(rung, seqlen, kind):
+    """Triton makes a constant of an argument that is 1, and compiles anew for one that 16 does not divide."""
+    x = torch.empty(1, seqlen, 1, 64).half()
+    launch = plan(x, x, x, x, torch.empty(1, 1, seqlen), causal=True)
+    job = job_of(f"{RUNGS[rung].__name__}:forward", launch.arguments, launch.num_warps)
+    assert job.signature["seqlen_q"] == job.signature["seqlen_k"] == kind and job.signature["heads_per_kv"] == "1"
+    assert not inspect([job])[0].failure
 
 
 def test_the_kernels_that_are_not_attention_compile_to_what_they_are():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from course.lesson import assert_within_budget
-from kernels.hopper.launch import RUNGS, attention
+from kernels.hopper.launch import RUNGS, attention, plan
 from minillm.attention import naive_attention
 from tests.attention.grid import random_qkv
 
@@ -81,13 +81,22 @@ def test_tensors_that_are_not_contiguous_are_taken_as_they_are(rung):
 
 @pytest.mark.parametrize("rung", RUNGS)
 def test_two_hundred_orders_bring_no_report_and_one_result(rung):
-    """128 queries, five tiles of keys in two slots."""
+    """128 queries, five tiles of keys in two slots. The emulator holds each order's result to the plain one's."""
     q, k, v = random_qkv((128, 160), (1, 1), 64, torch.bfloat16)
     start = time.perf_counter()
     explored = attention(q, k, v, rung=rung, causal=True, block_m=64, block_n=32, explore=200)
     assert time.perf_counter() - start < 60
     plain = attention(q, k, v, rung=rung, causal=True, block_m=64, block_n=32)
     assert all(torch.equal(one, other) for one, other in zip(explored, plain, strict=True))
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_one_sequence_expanded_to_a_batch_is_laid_out_for_the_copy_engine(rung):
+    """The engine steps from sequence to sequence by a stride, which 0 is not."""
+    q, k, v = (x.expand(2, -1, -1, -1) for x in random_qkv((70, 90), (2, 1), 64, torch.float16))
+    check([q, k, v], rung)
+    described = plan(q, k, v, q.clone(), torch.empty(2, 2, 70), causal=False).arguments[:3]
+    assert all(stride > 0 for descriptor in described for stride in descriptor.strides)
 
 
 def test_a_head_of_512_takes_less_than_ten_seconds():
@@ -113,7 +122,11 @@ def test_no_query_and_no_key_need_no_launch():
         (lambda q, k, v: (q, k, v[:, :2]), {}, "do not fit each other"),
         (lambda q, k, v: (q[:, :, :1], k, v), {}, "key has 2 heads, not a divisor of query's 1"),
         (lambda q, k, v: (q, k, v), {"softmax_scale": -1.0}, "softmax_scale is -1.0, wants a positive number"),
+        (lambda q, k, v: (q, k, v), {"softmax_scale": float("nan")}, "softmax_scale is nan, wants a positive number"),
         (lambda q, k, v: (q, k, v), {"block_m": 32}, "block_m is 32, wants 64 or 128"),
+        (lambda q, k, v: (q, k, v), {"block_n": 8}, "block_n is 8, wants a power of two from 16 to 256"),
+        (lambda q, k, v: (q, k, v), {"block_n": 100}, "block_n is 100, wants a power of two from 16 to 256"),
+        (lambda *qkv: [x.expand(65536, -1, -1, -1) for x in qkv], {}, "q has batch 65536 and 2 heads"),
     ],
 )
 def test_bad_input_is_named(change, options, message):
