@@ -124,7 +124,7 @@ def test_every_history_gives_the_logits_of_the_whole_rows(record_property):
     DONE.clear()
     run()
     record_property("cache", ", ".join(f"{count} {what}" for what, count in DONE.most_common()))
-    assert len(DONE) == 9 and min(DONE.values()) >= 10, DONE
+    assert len(DONE) == 9, DONE  # every kind of call came up
 
 
 def off_by_one_after_an_append(monkeypatch):
