@@ -1,5 +1,6 @@
 """What the emulator takes for Gluon's words, what it refuses, and what it says."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -9,26 +10,34 @@ import pytest
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+)
+from triton.language.core import _aggregate as aggregate
 
 from kernels.emulator import (
-    BadBarrier,
     BadLayout,
-    MissingFence,
+    FailedAssert,
     NotModelled,
     OutOfBounds,
-    Race,
-    UseAfterFree,
+    Unwritten,
     emulate,
+    language,
 )
-from kernels.emulator.example import double_kernel
-from kernels.hopper.compat import allocate_barriers, tma_load, tma_store
+from kernels.emulator.__main__ import main
+from kernels.hopper import tile as shared_arithmetic
+from kernels.hopper.compat import allocate_barriers, tma_load
 from tests.emulator.kernels import rows
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ROW = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 TILE = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))
 SHARED = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 
 
 # ---- numbers ----
@@ -86,6 +95,54 @@ def test_e4m3_saturates():
     assert out.float().tolist() == [1, 448, -448, 448]
 
 
+@gluon.jit
+def words_kernel(x_ptr, factors, out_ptr):
+    scale, shift = factors
+    rows = gl.arange(0, 16, gl.SliceLayout(1, TILE))
+    columns = gl.arange(0, 16, gl.SliceLayout(0, TILE))
+    places = gl.expand_dims(rows, 1) * 16 + gl.expand_dims(columns, 0)
+    x = gl.load(x_ptr + 1 + places - 1)
+    y = gl.fma(x - gl.min(x, axis=-1, keep_dims=True), scale, shift) + gl.zeros([16, 16], gl.float32, TILE)
+    gl.barrier()
+    gl.store(out_ptr + places, gl.cast(y, gl.float16))
+
+
+def test_words_and_tuples_mean_what_they_do_in_torch():
+    x = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    out = torch.zeros(16, 16).half()
+    emulate(words_kernel, (1,), x, (3.0, 0.5), out)
+    assert torch.equal(out, ((x - x.amin(1, keepdim=True)) * 3 + 0.5).half())
+
+
+@gluon.jit
+def other_module_kernel(out_ptr):
+    gl.store(out_ptr, shared_arithmetic.count_key_tiles(0, 3, 9, 4, 4, True))
+
+
+def test_a_function_may_be_called_through_its_module():
+    out = torch.zeros(1, dtype=torch.int32)
+    emulate(other_module_kernel, (1,), out)
+    assert out.item() == 3
+
+
+def test_words_name_their_arguments_as_gluon_does():
+    modules = [(language.gl, gl), (language.mbarrier, mbarrier), (language.tma, tma), (language.hopper, hopper)]
+    compared = 0
+    for namespace, module in modules:
+        for name, word in namespace._members.items():
+            real = getattr(getattr(module, name, None), "fn", getattr(module, name, None))
+            if inspect.isfunction(word) and inspect.isfunction(real):
+                names = [n for n in inspect.signature(real).parameters if not n.startswith("_")]
+                ours = inspect.signature(word).parameters.values()
+                by_place = [p.name for p in ours if p.kind is p.POSITIONAL_OR_KEYWORD]
+                others = {p.name for p in ours if p.kind is p.KEYWORD_ONLY}
+                if names != ["args", "kwargs"]:  # a name that triton 3.9 has removed
+                    compared += 1
+                    for our, their in zip(by_place, names, strict=False):
+                        assert their == our or their in others, f"{name}: {our} is {their} in Gluon"
+    assert compared > 30
+
+
 # ---- what does not fit ----
 
 
@@ -105,18 +162,10 @@ def not_a_power_of_two_kernel():
 
 
 @gluon.jit
-def warps_kernel(source, WARPS: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr):
-    a = gl.allocate_shared_memory(source.dtype, [ROWS, 64], source.layout)
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N, 16])
-    warpgroup_mma(a, a.permute((1, 0)), gl.full([ROWS, ROWS], 0.0, gl.float32, layout))
-
-
-@gluon.jit
-def registers_kernel(source):
-    a = gl.full([64, 64], 1.0, source.dtype, TILE)
-    b = gl.allocate_shared_memory(source.dtype, [64, 64], source.layout)
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    warpgroup_mma(a, b, gl.full([64, 64], 0.0, gl.float32, layout))
+def registers_kernel():
+    a = gl.full([64, 64], 1.0, gl.float16, TILE)
+    b = gl.allocate_shared_memory(gl.float16, [64, 64], SWIZZLED)
+    warpgroup_mma(a, b, gl.full([64, 64], 0.0, gl.float32, SUMS))
 
 
 @gluon.jit
@@ -125,35 +174,134 @@ def other_block_kernel(source):
     tma_load(source, [0, 0], allocate_barriers(1, 1).index(0), tile)
 
 
+@gluon.jit
+def descriptor_kernel(x_ptr, stride, COLUMNS: gl.constexpr, TRANSPOSED: gl.constexpr):
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2, TRANSPOSED)
+    tma.make_tensor_descriptor(x_ptr, [8, 60], [stride, 1], [8, COLUMNS], layout)
+
+
 @pytest.mark.parametrize(
-    "kernel, constants, message",
+    "kernel, arguments, message",
     [
-        (two_layouts_kernel, None, "tensors in different layouts meet: BlockedLayout.* and SliceLayout"),
-        (wrong_slice_kernel, None, "a dimension cannot be put in at 1 .*\n.*\n.*make it with gl.SliceLayout"),
-        (not_a_power_of_two_kernel, None, "every size must be a power of two"),
-        (warps_kernel, (8, 128, 128), "laid out for 8 warps, and 4 run this"),
-        (warps_kernel, (4, 32, 32), "does not fit a product of 32 × 32"),
-        (warps_kernel, (4, 64, 48), r"instr_shape \[16, 48, 16\] does not fit a product of 64 × 64"),
+        (two_layouts_kernel, (), "tensors in different layouts meet: BlockedLayout.* and SliceLayout"),
+        (wrong_slice_kernel, (), "a dimension cannot be put in at 1 .*\n.*\n.*make it with gl.SliceLayout"),
+        (not_a_power_of_two_kernel, (), "every size must be a power of two"),
         (registers_kernel, (), "a of warpgroup_mma, in registers, is in BlockedLayout"),
-        (other_block_kernel, (), r"the descriptor's block has the shape \[16, 64\], tile \[32, 64\]"),
+        (
+            other_block_kernel,
+            rows(torch.zeros(16, 64).half()),
+            r"the descriptor's block has the shape \[16, 64\], tile \[32, 64\]",
+        ),
+        (descriptor_kernel, (torch.zeros(8, 64).half(), 60, 64, False), "strides in multiples of 16 bytes"),
+        (descriptor_kernel, (torch.zeros(8, 64).half(), 64, 4, False), "a block of at least 16 bytes"),
+        (descriptor_kernel, (torch.zeros(8, 64).half(), 64, 64, True), "a layout that is not transposed"),
     ],
 )
-def test_what_the_compiler_or_the_gpu_would_refuse_is_named(kernel, constants, message):
-    source = [] if constants is None else [*rows(torch.zeros(16, 64).half()), *constants]
+def test_what_the_compiler_or_the_gpu_would_refuse_is_named(kernel, arguments, message):
     with pytest.raises(BadLayout, match=message):
-        emulate(kernel, (1,), *source)
+        emulate(kernel, (1,), *arguments)
 
 
 @gluon.jit
-def histogram_kernel():
-    gl.histogram(gl.arange(0, 128, ROW), 16)
+def product_kernel(
+    TYPE: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.constexpr, SWIZZLE: gl.constexpr, WARPS: gl.constexpr,
+    COLUMNS: gl.constexpr, SUM: gl.constexpr,
+):  # fmt: skip
+    bits: gl.constexpr = TYPE.primitive_bitwidth
+    a = gl.allocate_shared_memory(TYPE, [ROWS, DEPTH], gl.NVMMASharedLayout(SWIZZLE, bits, 2))
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], WARPS, [16, COLUMNS, 256 // bits])
+    warpgroup_mma(a, a.permute((1, 0)), gl.full([ROWS, ROWS], 0, SUM, layout))
 
 
-def test_what_is_not_modelled_is_named():
-    with pytest.raises(NotModelled, match=r"does not know gl\.histogram"):
-        emulate(histogram_kernel, (1,))
+@pytest.mark.parametrize(
+    "arguments, report, message",
+    [
+        ((gl.float16, 128, 64, 128, [8, 1], 128, gl.float32), BadLayout, "laid out for 8 warps, and 4 run this"),
+        ((gl.float16, 64, 64, 128, [2, 2], 32, gl.float32), BadLayout, "a multiple of 4 along the rows"),
+        ((gl.float16, 32, 64, 128, [4, 1], 32, gl.float32), BadLayout, "does not fit a product of 32 × 32"),
+        ((gl.float16, 64, 64, 128, [4, 1], 48, gl.float32), BadLayout, r"\[16, 48, 16\] does not fit a product of 64"),
+        ((gl.float16, 64, 64, 128, [4, 1], 4, gl.float32), BadLayout, r"\[16, 4, 16\] does not fit a product of 64"),
+        ((gl.float16, 64, 8, 32, [4, 1], 64, gl.float32), BadLayout, "does not fit a product of 64 × 64 × 8"),
+        ((gl.float16, 64, 64, 0, [4, 1], 64, gl.float32), BadLayout, "with a swizzle of 32 bytes at least"),
+        ((gl.bfloat16, 64, 64, 128, [4, 1], 64, gl.bfloat16), BadLayout, "bf16 sums in fp32, not in bf16"),
+        ((gl.bfloat16, 64, 64, 128, [4, 1], 64, gl.float16), BadLayout, "bf16 sums in fp32, not in fp16"),
+        ((gl.float16, 64, 64, 128, [4, 1], 64, gl.int32), BadLayout, "fp16 sums in fp32 or fp16, not in int32"),
+        ((gl.float32, 64, 64, 128, [4, 1], 64, gl.float32), NotModelled, "would be rounded to TF32"),
+        ((gl.float16, 64, 64, 128, [4, 1], 64, gl.float16), Unwritten, "nothing was written there"),  # fits
+    ],
+)
+def test_products_that_the_compiler_would_refuse_are_named(arguments, report, message):
+    with pytest.raises(report, match=message):
+        emulate(product_kernel, (1,), *arguments)
+
+
+@aggregate
+class Pair:
+    first: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, first):
+        self.first = first
+
+
+@gluon.jit
+def aggregate_kernel(x_ptr):
+    gl.store(x_ptr, Pair(gl.load(x_ptr)).first)
+
+
+@gluon.jit
+def unknown_kernel(x_ptr, WHAT: gl.constexpr):
+    x = gl.arange(0, 128, ROW)
+    if WHAT == "word":
+        gl.histogram(x, 16)
+    elif WHAT == "method":
+        x.sum(0)
+    elif WHAT == "argument":
+        gl.load(x_ptr, volatile=True)
+    elif WHAT == "operator":
+        gl.store(x_ptr * 2, 0)
+    elif WHAT == "memory":
+        gl.allocate_shared_memory(gl.float32, [16, 16], SHARED).gather(x, 0)
+
+
+@pytest.mark.parametrize(
+    "kernel, arguments, message",
+    [
+        (unknown_kernel, ("word",), r"does not know gl\.histogram"),
+        (unknown_kernel, ("method",), r"no attribute 'sum'\n  test_language.py:\d+ in unknown_kernel: x\.sum\(0\)"),
+        (
+            unknown_kernel,
+            ("argument",),
+            r"keyword argument 'volatile'\n.*gl\.load\(x_ptr, volatile=True\)",
+        ),
+        (unknown_kernel, ("operator",), "does not know mul of pointers"),
+        (unknown_kernel, ("memory",), "no attribute 'gather'"),
+        (aggregate_kernel, (), "does not know @aggregate, which makes Pair"),
+    ],
+)
+def test_what_is_not_modelled_is_named(kernel, arguments, message):
+    with pytest.raises(NotModelled, match=message):
+        emulate(kernel, (1,), torch.zeros(128), *arguments)
+
+
+def test_a_type_that_is_not_modelled_is_named():
     with pytest.raises(NotModelled, match=r"does not know the type torch\.float64"):
         emulate(unmasked_kernel, (1,), torch.zeros(128).double(), 128)
+
+
+@gluon.jit
+def assert_kernel(x_ptr, STATIC: gl.constexpr):
+    x = gl.load(x_ptr + gl.arange(0, 128, ROW))
+    gl.device_assert(x > 0, "all are positive", mask=x < 5)
+    gl.static_assert(STATIC, "STATIC is set")
+
+
+def test_an_assertion_that_does_not_hold_is_named():
+    emulate(assert_kernel, (1,), torch.ones(128), True)
+    with pytest.raises(FailedAssert, match="device_assert all are positive"):
+        emulate(assert_kernel, (1,), torch.zeros(128), True)
+    with pytest.raises(FailedAssert, match="static_assert STATIC is set"):
+        emulate(assert_kernel, (1,), torch.full((128,), 9.0), False)
 
 
 def test_only_gluon_kernels_are_taken():
@@ -163,152 +311,20 @@ def test_only_gluon_kernels_are_taken():
         emulate(unmasked_kernel, (1,), [1.0], 128)
 
 
-# ---- shared memory, engines, barriers ----
-
-
-@gluon.jit
-def shifted_kernel(source, target, row, column):
-    tile = gl.allocate_shared_memory(source.dtype, source.block_type.shape, source.layout)
-    landed = allocate_barriers(1, 1).index(0)
-    mbarrier.expect(landed, source.block_type.nbytes)
-    tma_load(source, [row, column], landed, tile)
-    mbarrier.wait(landed, 0)
-    tma_store(target, [0, 0], tile)
-    tma.store_wait(0)
-
-
-@pytest.mark.parametrize("row, column", [(-5, 0), (0, -8), (10, 16), (100, 0)])
-def test_a_copy_from_outside_the_tensor_brings_zeros(row, column):
-    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0)).half()
-    out = torch.full((16, 64), 7.0).half()
-    emulate(shifted_kernel, (1,), *rows(x, out), row, column)
-    framed = torch.nn.functional.pad(x, (64, 64, 200, 200))
-    assert torch.equal(out, framed[200 + row :, 64 + column :][:16, :64])
-
-
-def test_the_example_is_right_with_its_fence_and_named_without():
-    x = torch.randn(100, 64, generator=torch.Generator().manual_seed(0)).half()
-    out = torch.zeros_like(x)
-    assert emulate(double_kernel, (7,), *rows(x, out), FENCED=True, explore=20).interleavings == 21
-    assert torch.equal(out, 2 * x)
-    with pytest.raises(MissingFence, match="on tile: threads, then an engine"):
-        emulate(double_kernel, (7,), *rows(x, out), FENCED=False)
-
-
-@gluon.jit
-def refill_kernel(source, FENCED: gl.constexpr):
-    tile = gl.allocate_shared_memory(source.dtype, source.block_type.shape, source.layout)
-    landed = allocate_barriers(1, 1).index(0)
-    for i in range(2):
-        mbarrier.expect(landed, source.block_type.nbytes)
-        tma_load(source, [i * 16, 0], landed, tile)
-        mbarrier.wait(landed, i)
-        tile.load(TILE)
-        if FENCED:
-            fence_async_shared()
-
-
-def test_a_tile_that_threads_have_read_is_refilled_only_behind_a_fence():
-    source = rows(torch.zeros(32, 64).half())
-    emulate(refill_kernel, (1,), *source, True, explore=5)
-    with pytest.raises(MissingFence, match="on tile"):
-        emulate(refill_kernel, (1,), *source, False)
-
-
-@gluon.jit
-def write_part(tile, done):
-    tile.store(gl.full([16, 16], 1.0, gl.float32, TILE))
-    mbarrier.arrive(done)
-
-
-@gluon.jit
-def read_part(tile, done, WAITS: gl.constexpr):
-    if WAITS:
-        mbarrier.wait(done, 0)
-    tile.load(TILE)
-
-
-@gluon.jit
-def handover_kernel(WAITS: gl.constexpr, REGISTERS: gl.constexpr):
-    tile = gl.allocate_shared_memory(gl.float32, [16, 16], SHARED)
-    done = allocate_barriers(1, 1).index(0)
-    gl.warp_specialize([(write_part, (tile, done)), (read_part, (tile, done, WAITS))], [4], [REGISTERS])
-
-
-def test_two_partitions_hand_a_tile_over_by_a_barrier_or_race_for_it():
-    run = emulate(handover_kernel, (1,), True, 24, explore=50)
-    assert run.different > 10
-    with pytest.raises(
-        Race, match=r"on tile: (.|\n)*store to tile(.|\n)*write_part(.|\n)*load from tile(.|\n)*read_part"
-    ):
-        emulate(handover_kernel, (1,), False, 24)
-
-
-def test_a_number_of_registers_that_setmaxnreg_does_not_take_is_named():
-    for registers in (20, 25, 264):
-        with pytest.raises(BadLayout, match="setmaxnreg takes 24 to 256, in steps of 8"):
-            emulate(handover_kernel, (1,), True, registers)
-
-
-@gluon.jit
-def tensor_to_worker_kernel():
-    tile = gl.full([16, 16], 1.0, gl.float32, TILE)
-    gl.warp_specialize([(read_part, (tile, tile, False)), (read_part, (tile, tile, False))], [4])
-
-
-def test_a_worker_cannot_be_given_registers():
-    with pytest.raises(
-        BadLayout, match="read_part gets a tensor in registers, which only the first partition can take"
-    ):
-        emulate(tensor_to_worker_kernel, (1,))
-
-
-@gluon.jit
-def freed_in_use_kernel(source):
-    tile = gl.allocate_shared_memory(source.dtype, source.block_type.shape, source.layout)
-    landed = allocate_barriers(1, 1).index(0)
-    mbarrier.expect(landed, source.block_type.nbytes)
-    tma_load(source, [0, 0], landed, tile)
-    tile._keep_alive()
-
-
-@gluon.jit
-def freed_kernel(BARRIER: gl.constexpr):
-    tile = gl.allocate_shared_memory(gl.float32, [16, 16], SHARED)
-    done = allocate_barriers(1, 1).index(0)
-    if BARRIER:
-        mbarrier.invalidate(done)
-        mbarrier.arrive(done)
-    else:
-        tile._keep_alive()
-        tile.store(gl.full([16, 16], 1.0, gl.float32, TILE))
-
-
-def test_what_was_given_back_cannot_be_used():
-    with pytest.raises(UseAfterFree, match="tile is used after it was freed"):
-        emulate(freed_kernel, (1,), False)
-    with pytest.raises(UseAfterFree, match="tile is freed while it is still in use"):
-        emulate(freed_in_use_kernel, (1,), *rows(torch.zeros(16, 64).half()))
-    with pytest.raises(BadBarrier, match="done is not initialised, or no more"):
-        emulate(freed_kernel, (1,), True)
-
-
-def test_a_seed_gives_the_same_orders_every_time():
-    assert emulate(handover_kernel, (2,), True, 24, explore=30, seed=3) == emulate(
-        handover_kernel, (2,), True, 24, explore=30, seed=3
-    )
-
-
-def test_the_report_says_which_program_and_which_order():
-    with pytest.raises(Race) as caught:
-        emulate(handover_kernel, (1,), False, 24)
-    assert caught.value.__notes__ == ["in program (0, 0, 0) of (1, 1, 1), interleaving 0, seed 0"]
+# ---- as a whole ----
 
 
 def test_the_emulator_runs_under_the_interpreters_variable_too():
     """Other kernels' tests set TRITON_INTERPRET=1, and Gluon has no interpreter of its own."""
-    command = [sys.executable, "-m", "kernels.emulator"]
+    command = [sys.executable, "-c", "from kernels.emulator.__main__ import show_example; show_example()"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     assert "in 51 orders: right is True" in child.stdout and "missing fence: on tile" in child.stdout
+
+
+def test_the_module_shows_an_example_and_the_rungs(capsys):
+    main()
+    shown = capsys.readouterr().out
+    assert "right is True" in shown and "missing fence: on tile" in shown
+    assert shown.count("largest difference from float64") == 3
