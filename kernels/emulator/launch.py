@@ -70,7 +70,8 @@ def emulate(
     full_grid = (*grid, 1, 1)[:3]
     memories = [memory for name, value in bound.arguments.items() for memory in _memories(name, value)]
     before = [memory.clone() for _, memory in memories]
-    orders, plain = set(), []
+    orders: set[tuple[int, ...]] = set()
+    plain: list[torch.Tensor] = []
     for number in range(explore + 1):
         for (_, memory), content in zip(memories, before, strict=True):
             memory.copy_(content)

@@ -146,7 +146,7 @@ class Accumulator(Value):
         self.operation, self.owner, self.returned, self.taken = operation, owner, returned, False
 
     @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
+    def data(self) -> torch.Tensor:
         if self.returned and self.operation not in self.owner.products:
             return self._data
         what = "on the accumulator: the tensor cores are still writing it"
