@@ -49,7 +49,7 @@ def attention(
         causal: query i sees the keys up to i + seqlen_k - seqlen_q (bottom-right aligned).
         softmax_scale: factor of the scores, positive; 1/√headdim when left out.
         block_m: rows of a tile of queries, 64 (one warpgroup) or 128 (two).
-        block_n: rows of a tile of keys, a power of two from 16 to 256.
+        block_n: rows of a tile of keys, a power of two from 16 to 256, or to 128 where headdim is 128.
         explore, seed: on the CPU, how many other interleavings to run too, and of which seed.
 
     Returns:
@@ -135,7 +135,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, rung: str, softmax_scale: float | No
         raise ValueError(f"softmax_scale is {softmax_scale}, wants a positive number")
     if block_m not in (64, 128):
         raise ValueError(f"block_m is {block_m}, wants 64 or 128")
-    if block_n not in (16, 32, 64, 128, 256):
-        raise ValueError(f"block_n is {block_n}, wants a power of two from 16 to 256")
+    largest = 16384 // q.shape[3]  # a ring of two slots, for K and for V, with more elements than this does not fit
+    if block_n not in (16, 32, 64, 128, 256) or block_n > largest:
+        raise ValueError(f"block_n is {block_n}, wants a power of two from 16 to {largest}")
     if q.is_cuda and torch.cuda.get_device_capability(q.device) != (9, 0):
         raise ValueError(f"q is on {torch.cuda.get_device_name(q.device)}, and these kernels are for Hopper, sm_90")

@@ -125,6 +125,7 @@ def test_no_query_and_no_key_need_no_launch():
         (lambda q, k, v: (q, k, v), {"softmax_scale": float("nan")}, "softmax_scale is nan, wants a positive number"),
         (lambda q, k, v: (q, k, v), {"block_m": 32}, "block_m is 32, wants 64 or 128"),
         (lambda q, k, v: (q, k, v), {"block_n": 8}, "block_n is 8, wants a power of two from 16 to 256"),
+        (lambda *qkv: [torch.cat((x, x), 3) for x in qkv], {"block_n": 256}, "block_n is 256, wants .* from 16 to 128"),
         (lambda q, k, v: (q, k, v), {"block_n": 100}, "block_n is 100, wants a power of two from 16 to 256"),
         (lambda *qkv: [x.expand(65536, -1, -1, -1) for x in qkv], {}, "q has batch 65536 and 2 heads"),
     ],
