@@ -70,13 +70,12 @@ def emulate(
     full_grid = (*grid, 1, 1)[:3]
     memories = [memory for name, value in bound.arguments.items() for memory in _memories(name, value)]
     before = [memory.clone() for _, memory in memories]
-    orders: set[tuple[int, ...]] = set()
-    plain: list[torch.Tensor] = []
-    for number in range(explore + 1):
+    orders = {_run_grid(body, full_grid, num_warps, 0, seed)}
+    plain = [memory.clone() for _, memory in memories]
+    for number in range(1, explore + 1):
         for (_, memory), content in zip(memories, before, strict=True):
             memory.copy_(content)
         orders.add(_run_grid(body, full_grid, num_warps, number, seed))
-        plain = plain or [memory.clone() for _, memory in memories]
         for (name, memory), content in zip(memories, plain, strict=True):
             _check_same(name, memory, content, f"in interleaving {number}, seed {seed}")
     return Run(math.prod(full_grid), explore + 1, len(orders))
