@@ -18,6 +18,8 @@ from minillm.measure import format_bytes, measure_memory
 
 # Where memory or traffic is judged, the result need only be the right one: many blocks, many roundings.
 COARSE = 32
+LOW = 400  # how far the scores of `far_below` lie below 0
+START = f"all scores are near −{LOW}, and their exp is 0: m starts at −∞, not at 0"
 ELSEWHERE = "this case is about more than the result: mend the other parts first"
 
 
@@ -87,8 +89,11 @@ def compare_results(
     raise NotYet("\n".join(filter(None, [f"{name} is {where}", asks])))
 
 
-def call(function: Callable, *inputs: Any) -> Any:
+def call(function: Callable, *inputs: Any, through: Callable | None = None) -> Any:
     """The answer's result on copies of the inputs.
+
+    Args:
+        through: calls the answer, `through(function, *inputs)`, where it is no function to be called directly.
 
     Raises:
         NotBegun: it raised NotImplementedError.
@@ -97,7 +102,7 @@ def call(function: Callable, *inputs: Any) -> Any:
     copies = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
     try:
         with _OwnWork():
-            return function(*copies)
+            return through(function, *copies) if through else function(*copies)
     except NotYet:
         raise
     except NotImplementedError as error:
@@ -139,6 +144,13 @@ def extra_memory_below(limit: int, function: Callable, *inputs: Any, words: str)
     if peak > limit:
         raise NotYet(f"{words} ({format_bytes(peak)} at a time, allowed {format_bytes(limit)})")
     return result
+
+
+def far_below(q: Tensor, k: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """q and k with a part in opposite directions, so that each score (scaled by 1/√d) lies near -LOW."""
+    towards = torch.nn.functional.normalize(torch.randn(q.shape[1], generator=generator), dim=0)
+    size = (LOW * q.shape[1] ** 0.5) ** 0.5
+    return q / 10 - size * towards, k / 10 + size * towards
 
 
 def counted(n: int, one: str, more: str = "") -> str:
@@ -197,7 +209,7 @@ def _name(place: Iterable[Tensor], axes: tuple[str, ...]) -> str:
 def _where_raised(error: Exception, function: Callable) -> str:
     """Type, message and the learner's own line."""
     words = f"{type(error).__name__}: {error}"
-    code = getattr(function, "__code__", None)
+    code = getattr(getattr(function, "fn", function), "__code__", None)  # a Triton function has a `fn`
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if code and frame.filename == code.co_filename and frame.line:
             return f"{words}\nin the line: {frame.line}"

@@ -4,49 +4,80 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from course.tasks.judge import COARSE, ELSEWHERE, Mistake, compare, compare_results, counted, extra_memory_below
-from course.tasks.task import Case, Task
+from course.tasks.hbm import Rows, call_in_tiles
+from course.tasks.judge import COARSE, ELSEWHERE, LOW, START, Mistake, compare, compare_results, counted, far_below
+from course.tasks.task import Case, NotYet, Task
 from minillm.attention import merge_state
+from minillm.measure.traffic import Traffic
 
 OUT_LSE = {"out": ("row", "dim"), "lse": ("row",)}
 STATE = {"out": ("batch", "query", "head", "dim"), "lse": ("batch", "head", "query")}
 
 
-def one_pass_case(rows: int, n: int, block: int, *, times: float = 1, rising: bool = False, asks: str = "") -> Case:
-    """Queries, keys, keys at a time; q is multiplied by `times`; with `rising`, each score is larger than the last."""
+def one_pass_case(
+    rows: int,
+    n: int,
+    block: int,
+    *,
+    times: float = 1,
+    rising: bool = False,
+    low: bool = False,
+    asks: str = "",
+) -> Case:
+    """Queries, keys, keys at a time; q is multiplied by `times`; with `rising`, each score is larger than the last;
+    with `low`, see `far_below`."""
 
     def judge(function: Callable, generator: Generator) -> None:
         q, k, v = _inputs(rows, n, generator)
         if rising:
             towards = torch.nn.functional.normalize(torch.randn(q.shape[1], generator=generator), dim=0)
             q, k = 4 * towards + q / 10, towards * torch.linspace(-4, 4, n)[:, None] + k / 100
-        inputs = (q * times, k, v, block)
-        overflow = "exp overflows: subtract the largest score so far, and rescale by exp(m − m_new)"
-        compare(
-            function, inputs, _exact, results=OUT_LSE, mistakes=ONE_PASS_MISTAKES, asks=asks, nan=overflow, times=times
+        q, k = far_below(q, k, generator) if low else (q * times, k)
+        got, _ = _one_pass(function, q, k, v, block)
+        compare_results(
+            got,
+            (q, k, v, block),
+            _exact,
+            results=OUT_LSE,
+            mistakes=ONE_PASS_MISTAKES,
+            asks=asks,
+            nan=START if low else "exp overflows: subtract the largest score so far, and rescale by exp(m − m_new)",
+            times=LOW if low else times,
         )
 
-    kind = ", rising scores" if rising else f", scores × {times:g}" if times != 1 else ""
+    kind = ", rising scores" if rising else f", scores × {times:g}" if times != 1 else f", scores near −{LOW}" * low
     return Case(f"{counted(rows, 'row')}, {counted(n, 'key')}, {block} at a time{kind}", judge)
 
 
-def memory_case(rows: int = 4096, n: int = 16_384, block: int = 256) -> Case:
-    """Lengths at which the scores of all keys need hundreds of MiB, and those of one block a few."""
+def memory_case(rows: int = 64, n: int = 1 << 18, block: int = 2048) -> Case:
+    """One pass, at lengths at which all scores, and copies of all keys and values, need far more than one block."""
 
     def judge(function: Callable, generator: Generator) -> None:
         q, k, v = _inputs(rows, n, generator)
-        words = "the scores of all keys are in memory: keep those of one block only"
-        result = extra_memory_below(64 << 20, function, q, k, v, block, words=words)
-        some = slice(0, rows, rows // 8)  # enough to see that it is the right one, at a fraction of the time
+        words = "the scores, or copies, of all keys are in memory: keep those of one block, and m, l and acc"
+        result, traffic = _one_pass(function, q, k, v, block, memory=16 << 20, words=words)
+        some = slice(0, rows, rows // 4)  # enough to see that it is the right one, at a fraction of the time
         if isinstance(result, (tuple, list)) and all(isinstance(x, Tensor) and len(x) == rows for x in result):
             result = tuple(x[some] for x in result)
         compare_results(result, (q[some], k, v, block), _exact, results=OUT_LSE, asks=ELSEWHERE, times=COARSE)
+        passes = traffic.total / (k.nbytes + v.nbytes)
+        if passes > 1.1:
+            raise NotYet(f"right, but it reads k and v {passes:.1f} times: look at no key twice, for any of the rows")
 
-    return Case(f"{rows} rows, {n} keys, {block} at a time: memory", judge)
+    return Case(f"{rows} rows, {n} keys, {block} at a time: one pass, memory", judge)
+
+
+def _one_pass(function: Callable, q: Tensor, k: Tensor, v: Tensor, block: int, **memory: Any) -> tuple[Any, Traffic]:
+    """The answer's result, with k and v in counted HBM, and what it moved; `memory` is for `call_in_tiles`."""
+    traffic = Traffic(sram=4 * block * k.shape[1] * k.itemsize)  # two blocks each: the old ones while the new come
+    hbm = [Rows(x, name, traffic) for name, x in (("k", k), ("v", v))]
+    cure = f"load {block} rows of k and v at a time, and let go of those that you have used"
+    return call_in_tiles(function, q, *hbm, block, cure=cure, **memory), traffic
 
 
 def _inputs(rows: int, n: int, generator: Generator, d: int = 16) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,6 +291,7 @@ TASKS = [
             "numbers": [
                 one_pass_case(4, 300, 16, rising=True, asks="each block has a new largest score"),
                 one_pass_case(6, 50, 8, times=30, asks="does it hold for large scores too?"),
+                one_pass_case(4, 20, 8, low=True, asks="the largest score of a row may lie far below 0"),
             ],
             "memory": [memory_case()],
         },

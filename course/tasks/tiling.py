@@ -9,31 +9,53 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from course.tasks.judge import COARSE, ELSEWHERE, Mistake, call, compare, compare_results, extra_memory_below
+from course.tasks.hbm import Rows, call_in_tiles
+from course.tasks.judge import (
+    COARSE,
+    ELSEWHERE,
+    LOW,
+    START,
+    Mistake,
+    compare,
+    compare_results,
+    extra_memory_below,
+    far_below,
+)
 from course.tasks.task import Case, NotYet, Task
 from minillm.attention import flash_attention
 from minillm.attention.masks import Visibility, tiles
 from minillm.measure import format_bytes
-from minillm.measure.traffic import Counted, Traffic
+from minillm.measure.traffic import Traffic
 
 ROWS = {"out": ("query", "dim")}
 GRAD = {"grad_q": ("query", "dim")}
+NAN_ROW = "−∞ − (−∞) is NaN: m is the largest score of all tiles so far, not of this one alone"
 NAN_GRAD = "exp overflows where a hidden key is not masked before it, or where lse is not subtracted"
 
 
 def forward_case(
-    n: int, block_q: int, block_k: int, *, times: float = 1, rising: bool = False, d: int = 8, asks: str = ""
+    n: int,
+    block_q: int,
+    block_k: int,
+    *,
+    times: float = 1,
+    rising: bool = False,
+    low: bool = False,
+    d: int = 8,
+    asks: str = "",
 ) -> Case:
-    """Causal attention of n queries to n keys in tiles; q is multiplied by `times`."""
+    """Causal attention of n queries to n keys in tiles; q is multiplied by `times`; with `low`, see `far_below`."""
 
     def judge(function: Callable, generator: Generator) -> None:
         q, k, v = _inputs(n, d, generator, rising)
-        q = q * times
+        q, k = far_below(q, k, generator) if low else (q * times, k)
         out = _forward(function, q, k, v, block_q, block_k, Traffic(_room(block_q, block_k, d)))
         mistakes = [Mistake(words, _blocked(answer, block_q, block_k)) for words, answer in FORWARD_MISTAKES]
-        compare_results(out, (q, k, v), _exact, results=ROWS, mistakes=mistakes, asks=asks, times=times)
+        nan = START if low else NAN_ROW
+        larger = LOW if low else times
+        compare_results(out, (q, k, v), _exact, results=ROWS, mistakes=mistakes, asks=asks, nan=nan, times=larger)
 
-    kind = ", rising scores" if rising else f", scores × {times:g}" if times != 1 else ""
+    kind = ", rising scores" if rising else f", scores × {times:g}" if times != 1 else f", scores near −{LOW}" * low
     return Case(f"{n} queries and keys, tiles of {block_q} × {block_k}{kind}", judge)
 
 
@@ -44,10 +66,24 @@ def traffic_case(n: int = 333, block_q: int = 16, block_k: int = 4, *, d: int = 
         q, k, v = _inputs(n, d, generator)
         traffic = Traffic(_room(block_q, block_k, d))
         out = _forward(function, q, k, v, block_q, block_k, traffic)
-        compare_results(out, (q, k, v), _exact, results=ROWS, asks=ELSEWHERE, times=COARSE)
+        compare_results(out, (q, k, v), _exact, results=ROWS, asks=ELSEWHERE, nan=NAN_ROW, times=COARSE)
         _judge_traffic(traffic, n, d, block_q, block_k)
 
     return Case(f"{n} queries and keys, tiles of {block_q} × {block_k}: traffic", judge)
+
+
+def forward_memory_case(n: int = 4096, block_q: int = 2048, block_k: int = 64, *, d: int = 8) -> Case:
+    """Lengths at which the scores of a row of tiles need far more memory than those of one."""
+
+    def judge(function: Callable, generator: Generator) -> None:
+        q, k, v = _inputs(n, d, generator)
+        words = "the scores of all keys are in memory: keep those of one tile, and m, l and acc"
+        memory = {"memory": 16 << 20, "words": words}
+        out = _forward(function, q, k, v, block_q, block_k, Traffic(_room(block_q, block_k, d)), **memory)
+        some = slice(-8, None)  # the last rows see all keys
+        compare_results(out[some], (q[some], k, v), _exact, results=ROWS, asks=ELSEWHERE, nan=NAN_ROW, times=COARSE)
+
+    return Case(f"{n} queries and keys, tiles of {block_q} × {block_k}: memory", judge)
 
 
 def _room(block_q: int, block_k: int, d: int) -> int:
@@ -55,33 +91,18 @@ def _room(block_q: int, block_k: int, d: int) -> int:
     return 4 * (2 * block_q * d + 4 * block_k * d + block_q * block_k)
 
 
-class _InRows(Counted):
-    """Loads whole rows only: a part of a row could meet more keys than `_judge_traffic` reckons with."""
-
-    def load(self, *index: Any) -> Tensor:
-        if any(part != slice(None) for part in index[1:]):
-            raise ValueError("load whole rows, as in q.load(slice(i, i + block_q))")
-        return super().load(*index)
-
-
 def _forward(
-    function: Callable, q: Tensor, k: Tensor, v: Tensor, block_q: int, block_k: int, traffic: Traffic
+    function: Callable, q: Tensor, k: Tensor, v: Tensor, block_q: int, block_k: int, traffic: Traffic, **memory: Any
 ) -> Tensor:
-    """What the answer stores, with its tensors in counted HBM."""
-    out = torch.full_like(q, torch.nan)  # what is never stored stays NaN
-    tensors = [_InRows(x, name, traffic) for name, x in (("q", q), ("k", k), ("v", v), ("out", out))]
-    try:
-        call(function, *tensors, block_q, block_k)
-    except NotYet as complaint:
-        if "need more than sram" not in str(complaint):
-            raise
-        cure = f"load {block_q} rows of q or {block_k} of k and v at a time, and let go of those that you have used"
-        raise NotYet(f"{complaint}\n{cure}: a score matrix, or all keys, would not fit either") from None
-    if out.isnan().all():
+    """What the answer stores, with its tensors in counted HBM; `memory` is for `call_in_tiles`."""
+    out = torch.full_like(q, torch.nan)
+    *tensors, rows = (Rows(x, name, traffic) for name, x in (("q", q), ("k", k), ("v", v), ("out", out)))
+    cure = f"load {block_q} rows of q or {block_k} of k and v at a time, and let go of those that you have used"
+    call_in_tiles(function, *tensors, rows, block_q, block_k, cure=cure, **memory)
+    if not rows.stored.any():
         raise NotYet("nothing was stored: out.store(tile, slice(i, i + block_q))")
-    unwritten = out.isnan().all(1).nonzero()
-    if len(unwritten):
-        raise NotYet(f"row {int(unwritten[0])} of {len(out)} was never stored, or is NaN: is the tail there?")
+    if not rows.stored.all():
+        raise NotYet(f"row {int(rows.stored.int().argmin())} of {len(out)} was never stored: is the tail there?")
     return out
 
 
@@ -259,20 +280,20 @@ def grad_case(n: int, block_q: int, block_k: int, *, times: float = 1, d: int = 
     return Case(f"{n} queries and keys, tiles of {block_q} × {block_k}{magnitude}", judge)
 
 
-def grad_memory_case(n: int = 8192, block: int = 256, d: int = 16) -> Case:
-    """A length at which the probabilities need hundreds of MiB, and those of one tile a quarter."""
+def grad_memory_case(n: int = 4096, block_q: int = 128, block_k: int = 512, d: int = 16) -> Case:
+    """A length at which all probabilities need far more memory than those of a row of tiles."""
 
     def judge(function: Callable, generator: Generator) -> None:
         saved = _saved(n, d, 1, generator)
         words = "probabilities of the whole sequence are in memory: compute each tile again when it is needed"
-        result = extra_memory_below(64 << 20, function, *saved, block, block, words=words)
+        result = extra_memory_below(24 << 20, function, *saved, block_q, block_k, words=words)
         some = slice(-8, None)  # the last rows see all keys
         q, k, v, out, lse, grad_out = saved
-        rows = (q[some], k, v, out[some], lse[some], grad_out[some], block, block)
+        rows = (q[some], k, v, out[some], lse[some], grad_out[some], block_q, block_k)
         result = result[some] if isinstance(result, Tensor) and len(result) == n else result
         compare_results(result, rows, _exact_grad, results=GRAD, asks=ELSEWHERE, factor=3, times=COARSE)
 
-    return Case(f"{n} queries and keys, tiles of {block} × {block}: memory", judge)
+    return Case(f"{n} queries and keys, tiles of {block_q} × {block_k}: memory", judge)
 
 
 def _saved(n: int, d: int, times: float, generator: Generator) -> tuple[Tensor, ...]:
@@ -416,8 +437,9 @@ TASKS = [
             "numbers": [
                 forward_case(120, 16, 16, rising=True, asks="each tile has a new largest score"),
                 forward_case(20, 8, 4, times=30, asks="does it hold for large scores too?"),
+                forward_case(12, 4, 4, low=True, asks="the largest score of a row may lie far below 0"),
             ],
-            "traffic": [traffic_case()],
+            "traffic": [traffic_case(), forward_memory_case()],
         },
     ),
     Task(

@@ -66,6 +66,25 @@ def naive_from_copies(q, k, v, out, block_q, block_k):
     out.store(scores.softmax(-1) @ V, slice(None))
 
 
+def naive_with_idle_loads(q, k, v, out, block_q, block_k):
+    """The same, and then as many loads as the tiles would have taken, whose result nobody uses."""
+    naive_from_copies(q, k, v, out, block_q, block_k)
+    for i in range(block_q, q.shape[0], block_q):
+        for j in range(0, i, block_k):
+            k.load(slice(j, j + block_k)), v.load(slice(j, j + block_k))
+
+
+def a_row_of_scores(q, k, v, out, block_q, block_k):
+    """The plain softmax: nothing is carried from tile to tile."""
+    n, d = q.shape
+    for i in range(0, n, block_q):
+        tile, last = q.load(slice(i, i + block_q)), min(i + block_q, n)
+        s = torch.cat([tile @ k.load(slice(j, min(j + block_k, last))).T for j in range(0, last, block_k)], 1)
+        p = (s / d**0.5 + torch.full_like(s, -torch.inf).triu(i + 1)).softmax(-1)
+        parts = (p[:, j : j + block_k] @ v.load(slice(j, min(j + block_k, last))) for j in range(0, last, block_k))
+        out.store(sum(parts), slice(i, i + block_q))
+
+
 def values_kept(q, k, v, out, block_q, block_k):
     n, d = q.shape
     V = torch.cat([v.load(slice(i, i + block_k)).clone() for i in range(0, n, block_k)])
@@ -164,6 +183,10 @@ WRONG = [
     changed(by_merging, "[None] > row", "[None] >= row", name="a key too few", told="the key at its own position"),
     changed(right, "range(0, stop, block_k)", "range(0, max(i, 1), block_k)", name="stops at the diagonal",
             told="the walk ends before the diagonal"),
+    changed(right, "-torch.inf), torch.zeros(stop", "0.0), torch.zeros(stop", name="m starts at 0",
+            told="m starts at −∞, not at 0"),
+    changed(right, "torch.maximum(m, s.max(dim=1).values)", "s.max(dim=1).values", name="m of the tile alone",
+            told="not of this one alone"),
     changed(right, "range(0, n, block_q)", "range(0, n - block_q + 1, block_q)", name="last queries left out",
             told="was never stored"),
     changed(right, "out.store(acc / l[:, None], slice(i, stop))", "return acc / l[:, None]", name="nothing stored",
@@ -174,6 +197,8 @@ WRONG = [
     Wrong("only the queries tiled", a_row_of_keys, "or all keys, would not fit", kept=True),
     Wrong("half rows", in_columns, "load whole rows"),
     Wrong("naive, from copies of tiles", naive_from_copies, "of q and k moved", kept=True),
+    Wrong("naive, with idle loads", naive_with_idle_loads, "the scores of all keys are in memory", kept=True),
+    Wrong("a row of scores", a_row_of_scores, "the scores of all keys are in memory", kept=True),
     Wrong("all values kept", values_kept, "of v and out moved", kept=True),
     Wrong("keys outside", keys_outside, "make the tiles of queries the outer loop", kept=True),
     changed(right, "range(0, stop, block_k)", "range(0, n, block_k)", name="hidden tiles loaded",

@@ -10,13 +10,13 @@ def in_columns(q, k, v, block):
     q = q / q.shape[1] ** 0.5
     m = q.new_full((len(q), 1), -torch.inf)
     l, acc = torch.zeros_like(m), torch.zeros_like(q)
-    for keys, values in zip(k.split(block), v.split(block), strict=True):
-        s = q @ keys.T
+    for j in range(0, k.shape[0], block):
+        s = q @ k.load(slice(j, j + block)).T
         new = torch.maximum(m, s.max(1, keepdim=True).values)
         p = torch.exp(s - new)
         old = torch.exp(m - new)
         l = l * old + p.sum(1, keepdim=True)
-        acc = acc * old + p @ values
+        acc = acc * old + p @ v.load(slice(j, j + block))
         m = new
     return acc / l, (m + torch.log(l)).squeeze(1)
 
@@ -24,10 +24,11 @@ def in_columns(q, k, v, block):
 def by_merging(q, k, v, block):
     """Each block by itself, then merged: no running maximum is carried, only out and lse."""
     out, lse = torch.zeros_like(q), torch.full((len(q),), -torch.inf)
-    for start in range(0, len(k), block):
-        scores = q @ k[start : start + block].T * q.shape[1] ** -0.5
+    for start in range(0, k.shape[0], block):
+        rows = slice(start, min(start + block, k.shape[0]))
+        scores = q @ k.load(rows).T * q.shape[1] ** -0.5
         block_lse = scores.logsumexp(-1)
-        block_out = scores.softmax(-1) @ v[start : start + block]
+        block_out = scores.softmax(-1) @ v.load(rows)
         both = torch.logaddexp(lse, block_lse)
         out = (lse - both).exp()[:, None] * out + (block_lse - both).exp()[:, None] * block_out
         lse = both
@@ -38,42 +39,72 @@ RIGHT = {"columns": in_columns, "blocks merged": by_merging}
 
 
 def padded(q, k, v, block):
-    missing = -len(k) % block
-    k = torch.cat([k, torch.zeros(missing, k.shape[1])])
-    v = torch.cat([v, torch.zeros(missing, v.shape[1])])
-    return in_columns(q, k, v, block)
-
-
-def whole_blocks_only(q, k, v, block):
-    n = len(k) // block * block
-    return in_columns(q, k[:n], v[:n], block)
+    """As on a GPU, where a block always has its full size; the padding is not masked."""
+    m, l, acc = torch.full((len(q), 1), -torch.inf), torch.zeros(len(q), 1), torch.zeros_like(q)
+    for j in range(0, k.shape[0], block):
+        rows = slice(j, j + block)
+        full = lambda x: torch.nn.functional.pad(x, (0, 0, 0, block - len(x)))  # noqa: E731
+        s = q @ full(k.load(rows)).T / q.shape[1] ** 0.5
+        new = torch.maximum(m, s.amax(1, keepdim=True))
+        p, old = torch.exp(s - new), torch.exp(m - new)
+        l, acc, m = l * old + p.sum(1, keepdim=True), acc * old + p @ full(v.load(rows)), new
+    return acc / l, (m + torch.log(l))[:, 0]
 
 
 def scores_collected(q, k, v, block):
-    scores = torch.cat([q @ part.T for part in k.split(block)], dim=1) / q.shape[1] ** 0.5
+    starts = range(0, k.shape[0], block)
+    scores = torch.cat([q @ k.load(slice(j, j + block)).T for j in starts], dim=1) / q.shape[1] ** 0.5
+    p = scores.softmax(-1)
+    return sum(p[:, j : j + block] @ v.load(slice(j, j + block)) for j in starts), scores.logsumexp(-1)
+
+
+def copies_kept(q, k, v, block):
+    """Reads each key once, and then has all of them for as many passes as it likes."""
+    copy = lambda x: torch.cat([x.load(slice(j, j + block)).clone() for j in range(0, x.shape[0], block)])  # noqa: E731
+    keys, values = copy(k), copy(v)
+    outs, lses = zip(*(whole(row[None], keys, values) for row in q), strict=True)
+    return torch.cat(outs), torch.cat(lses)
+
+
+def whole(q, k, v):
+    scores = q @ k.T / q.shape[1] ** 0.5
     return scores.softmax(-1) @ v, scores.logsumexp(-1)
 
 
 def all_at_once(q, k, v, block):
-    scores = q @ k.T / q.shape[1] ** 0.5
-    m = scores.amax(-1, keepdim=True)
-    p = (scores - m).exp()
-    l = p.sum(-1, keepdim=True)
-    return p @ v / l, (m + l.log())[:, 0]
+    return whole(q, k.load(slice(None)), v.load(slice(None)))
+
+
+def in_two_passes(q, k, v, block):
+    """The largest score first, then the sums: nothing is ever rescaled."""
+    parts = [slice(j, j + block) for j in range(0, k.shape[0], block)]
+    score = lambda rows: q @ k.load(rows).T / q.shape[1] ** 0.5  # noqa: E731
+    m = torch.stack([score(rows).amax(-1) for rows in parts]).amax(0)
+    l, acc = torch.zeros(len(q)), torch.zeros_like(q)
+    for rows in parts:
+        p = (score(rows) - m[:, None]).exp()
+        l, acc = l + p.sum(-1), acc + p @ v.load(rows)
+    return acc / l[:, None], m + l.log()
+
+
+def half_of_the_rows(q, k, v, block):
+    """Half of the queries, and then the other: fewer scores at a time, and all keys once more."""
+    outs, lses = zip(*(in_columns(half, k, v, block) for half in q.tensor_split(2) if len(half)), strict=True)
+    return torch.cat(outs), torch.cat(lses)
 
 
 def no_maximum(q, k, v, block):
     l, acc = torch.zeros(len(q), 1), torch.zeros_like(q)
-    for keys, values in zip(k.split(block), v.split(block), strict=True):
-        p = (q @ keys.T / q.shape[1] ** 0.5).exp()
-        l, acc = l + p.sum(1, keepdim=True), acc + p @ values
+    for j in range(0, k.shape[0], block):
+        p = (q @ k.load(slice(j, j + block)).T / q.shape[1] ** 0.5).exp()
+        l, acc = l + p.sum(1, keepdim=True), acc + p @ v.load(slice(j, j + block))
     return acc / l, l.log()[:, 0]
 
 
 def blocks_averaged(q, k, v, block):
-    parts = [all_at_once(q, *part, block) for part in zip(k.split(block), v.split(block), strict=True)]
-    out = torch.stack([out for out, _ in parts]).mean(0)
-    return out, torch.stack([lse for _, lse in parts]).logsumexp(0)
+    rows = [slice(j, j + block) for j in range(0, k.shape[0], block)]
+    outs, lses = zip(*(whole(q, k.load(part), v.load(part)) for part in rows), strict=True)
+    return torch.stack(outs).mean(0), torch.stack(lses).logsumexp(0)
 
 
 WRONG = [
@@ -91,10 +122,15 @@ WRONG = [
     changed(in_columns, "acc / l,", "acc,", name="not divided", told="not divided by l"),
     changed(in_columns, " / q.shape[1] ** 0.5", "", name="no scale", told="1/√d is forgotten"),
     changed(in_columns, "q.shape[1] ** 0.5", "q.shape[1]", name="scaled twice", told="divided by d instead of √d"),
-    Wrong("tail dropped", whole_blocks_only, "the last keys are missing"),
+    changed(in_columns, "range(0, k.shape[0], block)", "range(0, k.shape[0] - block + 1, block)", name="tail dropped",
+            told="the last keys are missing"),
+    changed(in_columns, "-torch.inf", "0.0", name="m starts at 0", told="m starts at −∞, not at 0"),
     Wrong("tail padded, not masked", padded, "padded and not masked"),
     Wrong("no largest score", no_maximum, "exp overflows: subtract the largest score so far"),
     Wrong("blocks averaged", blocks_averaged, "plain average of the blocks"),
-    Wrong("scores collected", scores_collected, "the scores of all keys are in memory", kept=True),
-    Wrong("all keys at once", all_at_once, "the scores of all keys are in memory", kept=True),
+    Wrong("all keys at once", all_at_once, "a score matrix, or all keys, would not fit"),
+    Wrong("scores collected", scores_collected, "the scores, or copies, of all keys are in memory", kept=True),
+    Wrong("copies kept", copies_kept, "the scores, or copies, of all keys are in memory", kept=True),
+    Wrong("two passes", in_two_passes, "it reads k and v 1.5 times", kept=True),
+    Wrong("half of the rows at a time", half_of_the_rows, "it reads k and v 2.0 times", kept=True),
 ]
