@@ -18,7 +18,7 @@ from minillm.measure.traffic import Counted
 START_SECONDS = 60  # to import torch
 MAX_LOADS = 100_000  # loads and stores in a call
 MAX_HELD = 512 << 20  # bytes of tiles that a function holds at a time
-OWN_MEMORY = 64 << 20  # what a notebook's imports may take before it counts as memory of the function
+OWN_MEMORY = 48 << 20  # what a notebook's imports may take before it counts: matplotlib takes 34
 
 
 class AnswerError(Exception):
@@ -144,11 +144,14 @@ class StudentProcess:
         """The function of that name; candidate is the number of the cell that defines it, None for none."""
         return RemoteFunction(self, name, candidate)
 
-    def call(self, name: str, candidate: int, arguments: tuple, named: dict, memory: bool = False) -> tuple[Any, int]:
+    def call(
+        self, name: str, candidate: int, arguments: tuple, named: dict, memory: bool = False, program: str | None = None
+    ) -> tuple[Any, int]:
         """Calls a function over there.
 
         Args:
             memory: whether to measure.
+            program: the name of a program in `triton_programs` that calls it.
 
         Returns:
             What it returned, and with memory=True the bytes that the process took beyond those it had.
@@ -160,7 +163,7 @@ class StudentProcess:
         before = self._sandbox.memory()[0]
         if memory:
             self._sandbox.reset_peak()
-        message = {"call": name, "candidate": candidate, "arguments": tree}
+        message = {"call": name, "candidate": candidate, "arguments": tree, "program": program}
         reply, blob = self._exchange(message, blobs, self.patience.call, f"`{name}`", counted)
         sent = sum(blob.nbytes for blob in blobs)
         peak = self._sandbox.memory()[1] if memory else 0
@@ -239,7 +242,7 @@ class RemoteFunction:
         self._student, self._candidate = student, candidate
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        return self._call(arguments, named, memory=False)[0]
+        return self._call(arguments, named)[0]
 
     def peak_memory(self, *arguments: Any, **named: Any) -> tuple[Any, int]:
         """The result, and how many bytes the whole process took at most beyond the arguments, the result included.
@@ -249,10 +252,21 @@ class RemoteFunction:
         """
         return self._call(arguments, named, memory=True)
 
-    def _call(self, arguments: tuple, named: dict, memory: bool) -> tuple[Any, int]:
+    def launch(self, program: str, *arguments: Any) -> list:
+        """What `triton_programs.launch` returns over there, with the function as its loop.
+
+        Unlike results and traffic, its two counts are made in the student's process: they are of the right form, and
+        no more is known of them.
+        """
+        found = self._call(arguments, {}, program=program)[0]
+        if not isinstance(found, list) or len(found) < 3 or not all(type(count) is int for count in found[-2:]):
+            raise AnswerRaised(f"`{self.__name__}` sent something that is no result of a program")
+        return found
+
+    def _call(self, arguments: tuple, named: dict, memory: bool = False, program: str | None = None) -> tuple[Any, int]:
         if self._candidate is None:
             raise NotAnswered(self._student.why_not(self.__name__))
-        return self._student.call(self.__name__, self._candidate, arguments, named, memory)
+        return self._student.call(self.__name__, self._candidate, arguments, named, memory, program)
 
 
 class _Server:

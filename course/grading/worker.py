@@ -6,6 +6,8 @@ The two are in one process, so every line below must be taken for one that the s
 
 from __future__ import annotations
 
+import functools
+import importlib
 import io
 import os
 import socket
@@ -177,6 +179,9 @@ class Remote:
         try:
             arguments, named = decode(request["arguments"], blob, self._handle)
             function = dict(candidates[request["call"]])[request["candidate"]]
+            if request["program"]:
+                programs = importlib.import_module("course.tasks.triton_programs")
+                function = functools.partial(programs.launch, request["program"], function)
             with redirect_stdout(Printed()), redirect_stderr(Printed()):
                 result = function(*arguments, **dict(named))
             tree, blobs = encode(result)
@@ -236,8 +241,8 @@ def course_is_a_stub() -> None:
 class NotHere(MetaPathFinder, Loader):
     """`import course` finds modules whose every name does nothing; `minillm` and `kernels` are refused.
 
-    What calls a student's Triton kernel is there as it is. It asks `kernels.runtime` to have kernels interpreted, which
-    the environment has done already.
+    What calls a student's Triton kernel is there as it is. It has kernels interpreted by `kernels.runtime`, which does
+    nothing here, and need not: the environment says so before Triton is imported.
     """
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:

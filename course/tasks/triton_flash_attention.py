@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
-from course.tasks.judge import Mistake, compare, counted
-from course.tasks.task import Case, Task
+from course.tasks.judge import Mistake, call, compare_results, counted
+from course.tasks.task import Case, NotYet, Task
 
 BLOCK = 16  # queries and keys in a tile, as in `triton_programs`
 ROWS = {"out": ("query", "dim")}
@@ -26,7 +27,9 @@ def forward_case(n_q: int, n_k: int, *, causal: bool = False, times: float = 1, 
             q, k = 4 * towards + q / 10, towards * torch.linspace(-4, 4, n_k)[:, None] + k / 100
         nan = "is a key that nobody sees −∞ minus −∞ somewhere, or l still 0?"
         inputs = (q * times, k, v, causal)
-        compare(function, inputs, _exact, results=ROWS, mistakes=FORWARD_MISTAKES, asks=asks, nan=nan, times=times)
+        out, seen = _launched("forward", function, *inputs)
+        compare_results(out, inputs, _exact, results=ROWS, mistakes=FORWARD_MISTAKES, asks=asks, nan=nan, times=times)
+        _judge_work(seen, _forward_work(n_q, n_k, causal))
 
     kind = ("causal" if causal else "no mask") + (", rising scores" if rising else f", scores × {times:g}")
     return Case(f"{_lengths(n_q, n_k)}, {kind.removesuffix(', scores × 1')}", judge)
@@ -37,14 +40,82 @@ def backward_case(n_q: int, n_k: int, *, causal: bool = False, asks: str = "") -
         q, k, v = _inputs(n_q, n_k, generator)
         grad_out = torch.randn(n_q, 16, generator=generator)
         inputs = (q, k, v, grad_out, causal)
-        compare(
-            function, inputs, _exact_grads, results=GRADS, mistakes=BACKWARD_MISTAKES, asks=asks, nan=NAN_GRAD, factor=3
+        grads, seen = _launched("backward", function, *inputs)
+        compare_results(
+            grads, inputs, _exact_grads, results=GRADS, mistakes=BACKWARD_MISTAKES, asks=asks, nan=NAN_GRAD, factor=3
         )
+        _judge_work(seen, _backward_work(n_q, n_k, causal))
 
     return Case(f"{_lengths(n_q, n_k)}, {'causal' if causal else 'no mask'}", judge)
 
 
 NAN_GRAD = "exp overflows where a hidden key is not masked, or where lse is not subtracted"
+
+
+class Work(NamedTuple):
+    """What the visible tiles take: calls of tl.dot, and numbers that are loaded, at least and at most."""
+
+    dots: int
+    least: int
+    most: int
+
+
+def _forward_work(n_q: int, n_k: int, causal: bool, d: int = 16) -> Work:
+    """Two products a tile; its keys and values, of which the tile on the diagonal needs some only."""
+    stops = [min(i + BLOCK, n_q) + n_k - n_q if causal else n_k for i in range(0, n_q, BLOCK)]
+    tiles = [-(-stop // BLOCK) for stop in stops]
+    around = n_q * d  # the program's own
+    return Work(
+        dots=2 * sum(tiles),
+        least=around + 2 * d * sum(stops),
+        most=around + 2 * d * sum(min(n_k, BLOCK * count) for count in tiles),
+    )
+
+
+def _backward_work(n_q: int, n_k: int, causal: bool, d: int = 16) -> Work:
+    """Four products a tile; its queries, their gradients, lse and δ."""
+    firsts = [max(0, j - (n_k - n_q)) if causal else 0 for j in range(0, n_k, BLOCK)]
+    begins = [first // BLOCK * BLOCK for first in firsts]
+    around = 2 * n_k * d
+    return Work(
+        dots=4 * sum(-(-(n_q - begin) // BLOCK) for begin in begins),
+        least=around + 2 * d * sum(n_q - first for first in firsts),
+        most=around + (2 * d + 2) * sum(n_q - begin for begin in begins),
+    )
+
+
+def _launched(program: str, loop: Callable, *inputs: Any) -> tuple[Any, tuple[int, int]]:
+    """What the program stores with this loop in it, and what the interpreter saw: dots, and numbers loaded."""
+
+    def through(loop: Any, *inputs: Any) -> list:
+        if hasattr(loop, "launch"):  # graded in a process of its own
+            return loop.launch(program, *inputs)
+        from course.tasks import triton_programs
+
+        return triton_programs.launch(program, loop, *inputs)
+
+    *results, dots, loaded = call(loop, *inputs, through=through)
+    return results, (dots, loaded)
+
+
+def _judge_work(seen: tuple[int, int], work: Work) -> None:
+    """Whether the products and the loads of the visible tiles, and no others, were done in Triton."""
+    dots, loaded = seen
+    if dots < work.dots or loaded < work.least:
+        raise NotYet(
+            f"right, but with {counted(dots, 'call')} of tl.dot and {loaded} numbers loaded, where the tiles take "
+            f"{work.dots} and {work.least}: tl.load and tl.dot must do the work, in a loop over the tiles"
+        )
+    if dots > work.dots:
+        raise NotYet(
+            f"right, but with {counted(dots, 'call')} of tl.dot, where the visible tiles take {work.dots}: "
+            "skip those that nobody sees, and compute each product once"
+        )
+    if loaded > 1.1 * work.most:
+        raise NotYet(
+            f"right, but it loads {loaded} numbers, where the visible tiles have {work.most}: load each once, "
+            "and nothing behind the last row (mask=)"
+        )
 
 
 def _lengths(n_q: int, n_k: int) -> str:
@@ -177,7 +248,7 @@ BACKWARD_MISTAKES = [
 
 TASKS = [
     Task(
-        "triton_forward",
+        "forward_loop",
         unit="05_triton_flash_attention",
         minutes=40,
         difficulty=3,
@@ -192,7 +263,7 @@ TASKS = [
             ],
             "causal": [
                 forward_case(16, 16, causal=True, asks="key j is seen where j ≤ last"),
-                forward_case(20, 37, causal=True, asks="last is a row of numbers, one a query"),
+                forward_case(40, 43, causal=True, asks="last is a row of numbers, one a query"),
             ],
             "numbers": [
                 forward_case(9, 150, rising=True, asks="each tile has a new largest score"),
@@ -201,7 +272,7 @@ TASKS = [
         },
     ),
     Task(
-        "triton_backward",
+        "backward_loop",
         unit="05_triton_flash_attention",
         minutes=50,
         difficulty=4,
@@ -213,7 +284,7 @@ TASKS = [
             "tail": [backward_case(21, 9), backward_case(5, 40)],
             "causal": [
                 backward_case(16, 16, causal=True, asks="query i sees the key where i ≥ first"),
-                backward_case(20, 37, causal=True, asks="first is a row of numbers, one a key"),
+                backward_case(40, 43, causal=True, asks="first is a row of numbers, one a key"),
             ],
         },
     ),

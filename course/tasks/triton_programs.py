@@ -1,10 +1,15 @@
 """The programs around the inner loops of unit 05: they load a tile, hand it to the loop, and store what comes back.
 
+Kernels run in Triton's interpreter, on a machine with a GPU too: it is where `launch` can count what a loop does.
 A module of its own, because it needs Triton, and the other exercises do not.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,12 +17,62 @@ from torch import Tensor
 
 from kernels.runtime import prepare
 
+os.environ["TRITON_INTERPRET"] = "1"
 prepare()
 
 import triton  # noqa: E402 - only now does @triton.jit know where the kernels run
 import triton.language as tl  # noqa: E402
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder  # noqa: E402
 
 BLOCK = 16  # queries and keys in a tile
+
+
+@dataclass
+class Seen:
+    """What Triton's interpreter did: calls of tl.dot, and numbers that were loaded."""
+
+    dots: int = 0
+    loaded: int = 0
+
+
+def launch(program: str, inner_loop: Any, *inputs: Any) -> list:
+    """Runs "forward" or "backward" with your loop in it, and watches.
+
+    Returns:
+        What `launch_forward` or `launch_backward` returns, then the two numbers of `Seen`.
+
+    Raises:
+        TypeError: the loop is no Triton function.
+    """
+    if not isinstance(inner_loop, InterpretedFunction):
+        raise TypeError("this is no Triton function: keep the line @triton.jit above it")
+    with watched() as seen:
+        if program == "forward":
+            results = [launch_forward(inner_loop, *inputs)]
+        else:
+            results = [*launch_backward(inner_loop, *inputs)]
+    return [*results, seen.dots, seen.loaded]
+
+
+@contextmanager
+def watched() -> Iterator[Seen]:
+    """Counts while the block runs. A number behind a mask is not loaded."""
+    seen = Seen()
+    dot, load = InterpreterBuilder.create_dot, InterpreterBuilder.create_masked_load
+
+    def create_dot(*arguments: Any) -> Any:
+        seen.dots += 1
+        return dot(*arguments)
+
+    def create_masked_load(builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        seen.loaded += int(mask.data.sum())
+        return load(builder, pointers, mask, *rest)
+
+    InterpreterBuilder.create_dot, InterpreterBuilder.create_masked_load = create_dot, create_masked_load
+    try:
+        yield seen
+    finally:
+        InterpreterBuilder.create_dot, InterpreterBuilder.create_masked_load = dot, load
 
 
 def launch_forward(inner_loop: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:

@@ -1,11 +1,10 @@
-"""Answers to `triton_forward`: the source of a cell each, for a kernel is compiled with its module."""
+"""Answers to `forward_loop`: the source of a cell each, for a kernel is compiled with its module."""
 
 from tests.exercises.answers import Wrong, defined
 
 BASE_2 = """
 import triton
 import triton.language as tl
-from course.tasks.triton_programs import launch_forward
 
 
 @triton.jit
@@ -27,25 +26,45 @@ def forward_loop(acc, m, l, q_tile, last, k, v, stop, n_k, scale, D: tl.constexp
         acc = acc * old[:, None] + tl.dot(p, load(v, j, n_k, D, BLOCK), input_precision="ieee")
         m = new
     return acc, m, l
-
-
-def triton_forward(q, k, v, causal):
-    return launch_forward(forward_loop, q, k, v, causal)
 """
 LEFTWARDS = BASE_2.replace(
     "for j in range(0, stop, BLOCK):", "for t in range(0, stop, BLOCK):\n        j = (stop - 1) // BLOCK * BLOCK - t"
 ).replace("new = tl.maximum(m, tl.max(s, 1))", "new = tl.maximum(m, tl.maximum(tl.max(s, 1), -1e30))")
 
 RIGHT = {
-    "base 2, loads in a function": defined(BASE_2, "triton_forward"),
-    "from the diagonal to the left": defined(LEFTWARDS, "triton_forward"),
+    "base 2, loads in a function": defined(BASE_2, "forward_loop"),
+    "from the diagonal to the left": defined(LEFTWARDS, "forward_loop"),
 }
 
 
 def slip(old: str, new: str, *, name: str, told: str) -> Wrong:
     assert old in BASE_2
-    return Wrong(name, defined(BASE_2.replace(old, new), "triton_forward"), told)
+    return Wrong(name, defined(BASE_2.replace(old, new), "forward_loop"), told)
 
+
+IN_TORCH = """
+import numpy as np
+import triton
+import triton.language as tl
+
+
+def at_once(acc, m, l, q_tile, last, k, v, stop, n_k, scale, D, BLOCK):
+    row = np.arange(int(n_k.handle.data[0]))
+    floats = np.ctypeslib.ctypes.c_float * (len(row) * 16)
+    memory = [np.ctypeslib.as_array(floats.from_address(int(x.handle.data[0]))).reshape(-1, 16) for x in (k, v)]
+    scores = torch.from_numpy(q_tile.handle.data) @ torch.from_numpy(memory[0]).T * 0.25
+    scores = scores.masked_fill(torch.from_numpy(row[None] > last.handle.data[:, None]), -torch.inf)
+    largest = scores.amax(1)
+    p = (scores - largest[:, None]).exp()
+    for tensor, result in ((acc, p @ torch.from_numpy(memory[1])), (m, largest), (l, p.sum(1))):
+        tensor.handle.data = result.numpy()
+    return acc, m, l
+
+
+@triton.jit
+def forward_loop(acc, m, l, q_tile, last, k, v, stop, n_k, scale, D: tl.constexpr, BLOCK: tl.constexpr):
+    return at_once(acc, m, l, q_tile, last, k, v, stop, n_k, scale, D, BLOCK)
+"""
 
 WRONG = [
     slip("acc * old[:, None]", "acc", name="acc not rescaled", told="acc is not rescaled"),
@@ -65,4 +84,9 @@ WRONG = [
         told="the last keys are missing",
     ),
     slip("return acc, m, l", "return acc, m", name="two results", told="not enough values to unpack"),
+    slip("range(0, stop, BLOCK)", "range(0, n_k, BLOCK)", name="hidden tiles too", told="skip those that nobody sees"),
+    slip("load(v, j, n_k, D, BLOCK),", "load(v, j, n_k, D, BLOCK) + 0 * load(v, j, n_k, D, BLOCK),", name="v loaded twice",
+         told="load each once"),
+    slip("@triton.jit\ndef forward_loop", "def forward_loop", name="no Triton function", told="keep the line @triton.jit"),
+    Wrong("all of it in torch", defined(IN_TORCH, "forward_loop"), "tl.load and tl.dot must do the work"),
 ]

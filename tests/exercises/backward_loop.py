@@ -1,11 +1,10 @@
-"""Answers to `triton_backward`: the source of a cell each, for a kernel is compiled with its module."""
+"""Answers to `backward_loop`: the source of a cell each, for a kernel is compiled with its module."""
 
 from tests.exercises.answers import Wrong, defined
 
 QUERIES_AS_ROWS = """
 import triton
 import triton.language as tl
-from course.tasks.triton_programs import launch_backward
 
 
 @triton.jit
@@ -27,18 +26,14 @@ def backward_loop(
         ds = p * (dp - delta_rows[:, None])
         dk += tl.dot(tl.trans(ds), q_tile, input_precision="ieee")
     return dk * scale, dv
-
-
-def triton_backward(q, k, v, grad_out, causal):
-    return launch_backward(backward_loop, q, k, v, grad_out, causal)
 """
 
-RIGHT = {"queries as rows, the scale at the end": defined(QUERIES_AS_ROWS, "triton_backward")}
+RIGHT = {"queries as rows, the scale at the end": defined(QUERIES_AS_ROWS, "backward_loop")}
 
 
 def slip(old: str, new: str, *, name: str, told: str) -> Wrong:
     assert old in QUERIES_AS_ROWS
-    return Wrong(name, defined(QUERIES_AS_ROWS.replace(old, new), "triton_backward"), told)
+    return Wrong(name, defined(QUERIES_AS_ROWS.replace(old, new), "backward_loop"), told)
 
 
 WRONG = [
@@ -52,4 +47,8 @@ WRONG = [
     slip("s - lse_rows[:, None]", "s", name="not normalised", told="P is not normalised"),
     slip("tl.trans(ds), q_tile", "tl.trans(p), q_tile", name="dK of P", told="dK is made of P"),
     slip("tl.trans(v_tile)", "tl.trans(k_tile)", name="dP of K", told="dP is made of K"),
+    slip("range(begin, n_q", "range(0, n_q", name="hidden tiles too", told="skip those that nobody sees"),
+    slip("do = tl.load", "q_tile = tl.load(q + places, mask=rows[:, None] < n_q, other=0.0)\n        do = tl.load",
+         name="q loaded twice", told="load each once"),
+    slip("@triton.jit", "", name="no Triton function", told="keep the line @triton.jit"),
 ]
