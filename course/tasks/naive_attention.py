@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -45,18 +47,32 @@ def _attention(
     mask_after: bool = False,
     over: int = -1,
     hidden_score: float = -torch.inf,
+    upside_down: bool = False,
+    to_heads: Callable[[Tensor], Tensor] = lambda x: x.transpose(1, 2),
 ) -> Tensor:
     """The right answer; the options are what people get wrong."""
     sq, sk, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     spread = (lambda x: x.repeat(1, 1, group, 1)) if interleaved else (lambda x: x.repeat_interleave(group, dim=2))
-    queries, keys, values = q.transpose(1, 2), spread(k).transpose(1, 2), spread(v).transpose(1, 2)
+    queries, keys, values = to_heads(q), to_heads(spread(k)), to_heads(spread(v))
     scores = queries @ keys.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     hidden = ~torch.ones(sq, sk, dtype=torch.bool).tril(sk - sq if diagonal is None else diagonal)
+    if upside_down:
+        hidden = ~torch.ones_like(hidden).triu(sk - sq)
     if mask_after:
         probabilities = scores.softmax(-1).masked_fill(hidden, 0)
     else:
         probabilities = scores.masked_fill(hidden, hidden_score).softmax(over)
     return (probabilities @ values).transpose(1, 2)
+
+
+def _reshaped(back: Callable[[Tensor, torch.Size], Tensor]) -> Callable[..., Tensor]:
+    """With (batch, seqlen, nheads, dim) reshaped to (batch, nheads, seqlen, dim), and the result put back so."""
+
+    def answer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        to_heads = lambda x: x.reshape(x.shape[0], x.shape[2], x.shape[1], x.shape[3])  # noqa: E731
+        return back(_attention(q, k, v, to_heads=to_heads).transpose(1, 2), q.shape)
+
+    return answer
 
 
 def _top_left(q: Tensor, k: Tensor, v: Tensor) -> str:
@@ -93,6 +109,14 @@ MISTAKES = [
     Mistake(
         "all query heads read the first KV head: head i reads KV head i // (h // hk)",
         lambda q, k, v: _attention(q, k[:, :, :1], v[:, :, :1]),
+    ),
+    Mistake(
+        "your mask is upside down: query i must see the keys up to its own, not those from its own on (tril, not triu)",
+        lambda q, k, v: _attention(q, k, v, upside_down=True),
+    ),
+    *(
+        Mistake("reshape does not swap axes: (batch, seqlen, nheads, dim) needs transpose(1, 2)", _reshaped(back))
+        for back in (lambda out, shape: out.reshape(shape), lambda out, _: out.transpose(1, 2))
     ),
     Mistake("the scale 1/√d is forgotten", lambda q, k, v: _attention(q, k, v, scale=1.0)),
     Mistake(

@@ -40,6 +40,14 @@ def mask_after_softmax(q, k, v):
     return torch.einsum("bhqk,bkhd->bqhd", p, v)
 
 
+def reshaped(q, k, v):
+    (batch, sq, h, d), sk = q.shape, k.shape[1]
+    k, v = (x.repeat_interleave(h // k.shape[2], dim=2).reshape(batch, h, sk, d) for x in (k, v))
+    scores = q.reshape(batch, h, sq, d) @ k.transpose(-1, -2) / d**0.5
+    hidden = torch.ones(sq, sk, dtype=torch.bool).triu(sk - sq + 1)
+    return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).reshape(q.shape)
+
+
 def pytorchs_own(q, k, v):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
@@ -79,6 +87,9 @@ WRONG = [
     changed(head_by_head, "d**0.5", "d", name="scaled twice", told="divided by d instead of √d"),
     changed(head_by_head, "softmax(-1)", "softmax(0).nan_to_num()", name="softmax over the queries", told="over the keys"),
     changed(grouped_einsum, " - scores.amax(-1, keepdim=True)", "", name="exp overflows", told="subtract the largest"),
+    changed(head_by_head, "> position", "< position", name="upside down", told="tril, not triu"),
+    Wrong("reshaped", reshaped, "reshape does not swap axes"),
+    changed(reshaped, ".reshape(q.shape)", ".transpose(1, 2)", name="reshaped on the way in", told="reshape does not swap axes"),
     Wrong("PyTorch's attention", pytorchs_own, "calls scaled_dot_product_attention"),
     Wrong("the library's attention", the_librarys, "calls the library's attention"),
     Wrong("no return", never_returned, "is there a `return`?"),
