@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import multiprocessing
 import shutil
@@ -61,12 +62,19 @@ def jobs_of(student: Student, units: list[Unit], manner: Manner) -> Iterator[Job
 @cache
 def grader_hash() -> str:
     """Of all code that a verdict comes from."""
-    folders = ["course/grading", "course/tasks", "minillm"]
+    folders = ["course/grading", "course/tasks", "minillm", "kernels"]
     paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
-    digest = hashlib.sha256(torch.__version__.encode())
+    digest = hashlib.sha256(f"{torch.__version__} {_version('triton')}".encode())
     for path in [*paths, ROOT / "course" / "lesson.py"]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def result_path(grades: Path, slug: str, unit: str) -> Path:
@@ -132,7 +140,8 @@ def _store(result: Result, grades: Path) -> Result:
 def _in_processes(jobs: list[Job], processes: int, manner: Manner, lose: Callable[[Job], None]) -> Iterator[Result]:
     if not jobs:
         return
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["course.grading.batch"])  # torch is imported once, and not again for each pool
     pool = ProcessPoolExecutor(max(1, min(processes, len(jobs))), context, _alone)
     try:
         futures: dict[Future[Result], Job] = {pool.submit(grade_job, job, manner): job for job in jobs}

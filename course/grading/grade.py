@@ -16,6 +16,8 @@ from course.grading.submission import Cell, Submission, text_answer, to_run
 from course.grading.unit import Test, Unit
 from course.tasks.task import fresh_inputs
 
+MAX_ANSWER = 20_000  # characters in words: the page for the student takes the square of their time
+
 
 @dataclass
 class Verdict:
@@ -40,6 +42,7 @@ class Result:
 
     Attributes:
         state: "graded"; "missing" where there is nothing to grade; "failed" where the grader itself did.
+        unread: whether it is missing, and something was handed in that could not be read.
         seed: of the random inputs: with it the same grading can be had again.
         key: of everything that the result depends on.
         answers: by grade id, a student's words on a question.
@@ -51,6 +54,7 @@ class Result:
     slug: str
     unit: str
     state: str = "missing"
+    unread: bool = False
     file: str = ""
     key: str = ""
     seed: int = 0
@@ -115,6 +119,7 @@ def grade(
     result.date = datetime.now(UTC).isoformat(timespec="seconds")
     result.remarks = list(submission.remarks)
     if submission.file is None:
+        result.unread = submission.unread
         result.verdicts = [Verdict(item.grade_id, 0, item.points, "nothing handed in") for item in unit.items]
         return result
     result.file = submission.file.name
@@ -131,8 +136,11 @@ def grade(
             result.remarks.append(f"not graded: {error}")
         result.cells = _with_outcomes(own, student)
     if result.state == "graded":
-        result.answers = {text.grade_id: text_answer(submission.file, text, unit) for text in unit.texts}
         for text in unit.texts:
+            words = text_answer(submission.file, text, unit)
+            result.answers[text.grade_id] = words[:MAX_ANSWER]
+            if len(words) > MAX_ANSWER:
+                result.remarks.append(f"{text.grade_id}: cut to {MAX_ANSWER:,} of {len(words):,} characters")
             points, words = (None, "to be read") if result.answers[text.grade_id] else (0, "not answered")
             result.verdicts.append(Verdict(text.grade_id, points, text.points, words))
     result.seconds = round(time.monotonic() - start, 1)

@@ -45,9 +45,16 @@ def table(units: list[Unit], results: list[Result]) -> Iterator[list[str]]:
                 scores[result.unit] = f"{result.total:g}"
                 scores |= {f"{result.unit}/{v.grade_id}": _points(v.points) for v in result.verdicts}
         total = sum(result.total for result in own)
-        remarks = "; ".join(f"{result.unit}: {remark}" for result in own for remark in result.remarks)
+        absent = _absent(own)
+        remarks = [f"{r.unit}: {remark}" for r in own if r.unit not in absent for remark in r.remarks]
+        remarks += [f"not handed in: {', '.join(absent)}"] if absent else []
         row = [slug, own[0].student, *(scores.get(column, "") for column in columns)]
-        yield list(map(_harmless, [*row, f"{total:g}", f"{maximum:g}", state(units, own), remarks]))
+        yield list(map(_harmless, [*row, f"{total:g}", f"{maximum:g}", state(units, own), "; ".join(remarks)]))
+
+
+def _absent(own: list[Result]) -> list[str]:
+    """The units of which a student handed in nothing: one that could not be read is not among them."""
+    return sorted(result.unit for result in own if result.state == "missing" and not result.unread)
 
 
 def _points(points: float | None) -> str:
@@ -60,8 +67,8 @@ def state(units: list[Unit], own: list[Result]) -> str:
         return "not graded"
     if len(own) < len(units):
         return "not all units graded"
-    if any(result.state == "missing" and len(result.remarks) > 1 for result in own):
-        return "see remarks"  # something was handed in, and it could not be read
+    if any(result.unread for result in own):
+        return "see remarks"
     return "answers to be read" if any(result.waiting for result in own) else "graded"
 
 
@@ -72,11 +79,12 @@ def _harmless(text: str) -> str:
 
 def line(results: list[Result]) -> str:
     """What is printed of a student."""
-    parts = []
-    for result in sorted(results, key=lambda result: result.unit):
+    parts, absent = [], _absent(results)
+    for result in sorted((r for r in results if r.unit not in absent), key=lambda result: result.unit):
         score = f"{result.total:g}/{result.maximum:g}" if result.state != "failed" else "NOT GRADED"
-        notes = [*(["to be read"] if result.waiting else []), *result.remarks[:1]]
+        notes = [*(["to be read"] if result.waiting else []), *result.remarks[result.unread :][:1]]
         parts.append(f"{result.unit} {score}" + (f" ({'; '.join(notes)})" if notes else ""))
+    parts += [f"not handed in: {', '.join(absent)}"] if absent else []
     return f"{results[0].student}: " + ", ".join(parts)
 
 

@@ -338,16 +338,21 @@ def _environment(home: str) -> dict[str, str]:
 
 
 def _prlimit(limits: Limits) -> list[str]:
-    return [
-        "prlimit",
-        f"--nproc={limits.processes}" if os.getuid() == 0 else f"--nproc={limits.processes + _my_threads()}",
-        f"--as={limits.address_space}",
-        f"--cpu={limits.cpu_seconds}",
-        f"--fsize={limits.file_bytes}",
-        "--nofile=256",
-        "--core=0",
-        "--",
-    ]
+    wanted = {
+        "nproc": limits.processes + (0 if os.getuid() == 0 else _my_threads()),
+        "as": limits.address_space,
+        "cpu": limits.cpu_seconds,
+        "fsize": limits.file_bytes,
+        "nofile": 256,
+        "core": 0,
+    }
+    return ["prlimit", *(f"--{name}={_at_most(name, value)}" for name, value in wanted.items()), "--"]
+
+
+def _at_most(name: str, value: int) -> int:
+    """No more than the hard limit of this process, which it could not raise."""
+    hard = resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))[1]
+    return value if hard == resource.RLIM_INFINITY else min(value, hard)
 
 
 def _my_threads() -> int:

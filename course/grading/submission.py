@@ -7,6 +7,7 @@ harmless wherever they are shown. What cannot be read ends in a sentence that sa
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -71,11 +72,13 @@ class Submission:
         file: the notebook to grade; None where there is none.
         remarks: for the student and the instructor: what was left out, and why.
         key: changes whenever one of the files or the remarks does.
+        unread: whether there is none, and something else was handed in that could not be read.
     """
 
     file: File | None
     remarks: tuple[str, ...] = ()
     key: str = ""
+    unread: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,20 +129,30 @@ def read_folder(folder: Path) -> list[File]:
     found: list[File] = []
     for count, (entry, path) in enumerate(_walk(folder, "", 0)):
         if count >= MAX_ENTRIES:
-            return [*found, File("…", problem=f"more than {MAX_ENTRIES} files: the rest was not looked at")]
-        if Path(entry.name).suffix.lower() in SUFFIXES or ".ipynb" in entry.name.lower():
+            return [*found, File("…", problem=f"more than {MAX_ENTRIES} files and folders: the rest was not looked at")]
+        if isinstance(entry, File):
+            found.append(entry)
+        elif entry.is_dir(follow_symlinks=False):
+            continue
+        elif Path(entry.name).suffix.lower() in SUFFIXES or ".ipynb" in entry.name.lower():
             found.append(read_file(Path(entry.path), shown(path)))
     return found
 
 
-def _walk(folder: Path, path: str, depth: int) -> Iterator[tuple[os.DirEntry, str]]:
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+def _walk(folder: Path, path: str, depth: int) -> Iterator[tuple[os.DirEntry | File, str]]:
+    """Files and folders with their paths; for a folder that cannot be read, a `File` that says so."""
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted(itertools.islice(found, MAX_ENTRIES + 1), key=lambda entry: entry.name)
+    except OSError as error:
+        yield File(shown(path) or "the folder", problem=f"cannot be read: {error.strerror}"), path
+        return
+    for entry in entries:
         below = f"{path}{entry.name}"
         if entry.name in (".ipynb_checkpoints", "__MACOSX", ".git") or entry.name.startswith("._"):
             continue
-        if not entry.is_dir(follow_symlinks=False):
-            yield entry, below
-        elif depth < MAX_DEPTH:
+        yield entry, below
+        if entry.is_dir(follow_symlinks=False) and depth < MAX_DEPTH:
             yield from _walk(Path(entry.path), below + "/", depth + 1)
 
 
@@ -248,20 +261,21 @@ def choose(student: Student, units: list[Unit]) -> dict[str, Submission]:
         files.sort(key=lambda file: (-len(answered(file, unit)), -file.modified, file.name))
         remarks = [f"{file.name}: left out, for {files[0].name} is the fuller or the newer one" for file in files[1:]]
         remarks += [line for line in unread if not files or unit.name in line]
-        if not files:
-            remarks += [f"{name}: a notebook of {other}" for name, other in own.items() if other]
-        result[unit.name] = _submission(files, remarks)
+        others = [f"{name}: a notebook of {other}" for name, other in own.items() if other and not files]
+        result[unit.name] = _submission(files, remarks, others)
     return result
 
 
-def _submission(files: list[File], remarks: list[str]) -> Submission:
+def _submission(files: list[File], remarks: list[str], others: list[str]) -> Submission:
+    unread = bool(remarks) and not files
     if not files:
-        remarks = ["no notebook of this unit was found", *remarks]
+        remarks = ["no notebook of this unit was found", *remarks, *others]
     hashes = [f"{file.name} {file.hash}" for file in files]
     return Submission(
         files[0] if files else None,
         tuple(remarks),
         hashlib.sha256("\n".join([*hashes, *remarks]).encode()).hexdigest(),
+        unread,
     )
 
 

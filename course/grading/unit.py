@@ -5,13 +5,15 @@ from __future__ import annotations
 import ast
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
 
 from course.tasks.release import ROOT, SOURCE, release
+
+MAX_PARSED = 8000  # characters of a cell: the time that Python takes for a long f-string grows with its square
 
 
 @dataclass(frozen=True)
@@ -143,12 +145,15 @@ def points(cell: NotebookNode) -> float:
     return float(cell.metadata.nbgrader.points)
 
 
+@lru_cache(maxsize=4096)
 def form(source: str) -> str:
-    """What a source says, whatever its comments, blank lines and layout."""
+    """What a source says, whatever its comments, blank lines and layout: a long one, whatever its blank lines."""
     try:
-        return ast.dump(ast.parse(source))
+        if len(source) <= MAX_PARSED:
+            return ast.dump(ast.parse(source))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return "\n".join(line.strip() for line in source.splitlines() if line.strip())
+        pass
+    return "\n".join(line.strip() for line in source.splitlines() if line.strip())
 
 
 def _flag(cell: NotebookNode, name: str) -> bool:
