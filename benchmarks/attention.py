@@ -73,10 +73,10 @@ def able(
         try:
             call = make()
             call()
-        except RuntimeError as error:
+        except Exception as error:  # a peer's own affair: what it raises, when it compiles itself, is anybody's guess
             if name in ours:
                 raise
-            unable[name] = str(error).splitlines()[0]
+            unable[name] = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
             calls[name] = call
     return calls, unable

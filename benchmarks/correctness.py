@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from course.lesson import assert_within_budget
+from kernels.flash_attention import Ragged
 from minillm.attention import naive_attention
 
 
@@ -19,12 +20,41 @@ def random_qkv(
     return [torch.randn(shape, device=device, dtype=torch.float32).to(dtype) for shape in shapes]
 
 
-def assert_right(function: Callable, qkv: list[Tensor], *, backward: bool = True, **options) -> None:
+def random_ragged(
+    lengths: list[tuple[int, int]], heads: tuple[int, int], headdim: int, dtype: torch.dtype, device: str
+) -> tuple[list[Tensor], Ragged]:
+    """The same for a ragged batch: `lengths` has a pair (queries, keys) for each sequence."""
+    columns = list(zip(*lengths, strict=True))
+    totals = (sum(columns[0]), sum(columns[1]))
+    qkv = [x[0] for x in random_qkv(totals, heads, headdim, dtype, device)]
+    bounds = [torch.tensor([0, *column]).cumsum(0, dtype=torch.int32).to(device) for column in columns]
+    return qkv, Ragged(*bounds, *map(max, columns))
+
+
+def naive(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor]:
+    return naive_attention(q, k, v, return_lse=True, **options)
+
+
+def naive_one_by_one(q: Tensor, k: Tensor, v: Tensor, ragged: Ragged, **options) -> tuple[Tensor, Tensor]:
+    """Each sequence of a ragged batch on its own, by the naive method."""
+    bounds_q, bounds_k = (bounds.tolist() for bounds in ragged[:2])
+    outs, lses = [], []
+    for a, b, c, d in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:], strict=False):
+        out, lse = naive(q[None, a:b], k[None, c:d], v[None, c:d], **options)
+        outs.append(out[0])
+        lses.append(lse[0])
+    return torch.cat(outs), torch.cat(lses, dim=1)
+
+
+def assert_right(
+    function: Callable, qkv: list[Tensor], *, naive: Callable = naive, backward: bool = True, **options
+) -> None:
     """Raises AssertionError with the figures where out, lse or a gradient of `function` is over its budget.
 
     Args:
         function: (q, k, v, **options) -> (out, lse), lse -inf where a row sees no key.
         qkv: the inputs.
+        naive: what it is compared with, called in the same way.
         backward: also compare the gradients of q, k and v.
         options: `causal`, `window_size`, `softcap`, `softmax_scale`.
     """
@@ -35,9 +65,6 @@ def assert_right(function: Callable, qkv: list[Tensor], *, backward: bool = True
         out, lse = function(*leaves, **options)
         grads = torch.autograd.grad(out, leaves, grad_out.to(out.dtype)) if backward else ()
         return {"out": out, "lse": lse} | dict(zip(("grad_q", "grad_k", "grad_v"), grads, strict=False))
-
-    def naive(q: Tensor, k: Tensor, v: Tensor, **options):
-        return naive_attention(q, k, v, return_lse=True, **options)
 
     ours, same, exact = results(function, qkv), results(naive, qkv), results(naive, [x.double() for x in qkv])
     scale = max((x.abs().max().item() for name, x in exact.items() if name.startswith("grad")), default=0)

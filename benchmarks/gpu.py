@@ -1,27 +1,33 @@
 """`make bench-gpu`: every kernel suite on this machine's GPU, correctness first, then times beside other libraries.
 
     python -m benchmarks.gpu --out FOLDER      needs a CUDA device, torch and triton, and nothing else
-    python -m benchmarks.gpu --dry-run         walks through all of it on a CPU, in the interpreter, at tiny sizes
+    python -m benchmarks.gpu --dry-run         walks through the suites on a CPU, in the interpreter, at tiny sizes
 
-A suite that fails is reported, and the others go on.
+Every suite runs in child processes with a time limit: one that fails, hangs or spoils its CUDA context is reported, and
+the others go on. Its checks run in several at a time, so that what they compile is compiled in parallel, and is in
+Triton's cache when the suite is timed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 from benchmarks import lessons, suites
 from benchmarks.machine import ROOT, Machine, commit
-from kernels.runtime import OLDEST_CAPABILITY
+from kernels.runtime import triton_mode
 
 NEEDS = (
     "make bench-gpu needs a CUDA device of sm_80 or newer, and a Python with torch and triton; it installs nothing.\n"
@@ -29,6 +35,10 @@ NEEDS = (
     "On a GPU machine: make bench-gpu OUT=folder   (PYTHON=python3 takes the machine's own torch)\n"
     "Here: make bench-gpu ARGS=--dry-run           walks through every suite in the interpreter"
 )
+MAX_CHECKING = 8  # processes that check a suite at a time; each has a CUDA context, about 0.5 GB
+CHECKING = 0.4  # the part of a suite's time that its checks may take
+LESSON_SECONDS = 40.0
+SOFT = 0.85  # of a limit: no case is begun after it; at the limit itself the process is killed
 
 
 @dataclass
@@ -38,6 +48,7 @@ class Outcome:
     name: str
     title: str = ""
     checked: int = 0
+    left_out: int = 0
     rows: list[dict] = field(default_factory=list)
     failure: str = ""
     seconds: float = 0.0
@@ -45,22 +56,27 @@ class Outcome:
 
 def main() -> None:
     arguments = parse()
+    if arguments.child:
+        sys.exit(run_child(arguments))
     reason = "" if arguments.dry_run else what_is_missing()
     if reason:
         sys.exit(NEEDS.format(reason=reason))
-    machine = Machine(arguments.dry_run, 60 * arguments.minutes, arguments.whole_grid)
+    deadline = time.monotonic() + 60 * arguments.minutes
+    machine = Machine(arguments.dry_run)
     about = {**machine.describe(), "commit": arguments.commit or commit(), "dry_run": machine.dry_run}
-    outcomes = [Outcome(name) for name in arguments.suite or suites.names()]
-    for outcome in outcomes:
-        step(outcome, "check", lambda o: check(o, machine))
-    for number, outcome in enumerate(outcomes):
-        machine.share_time(len(outcomes) - number)
-        if not outcome.failure:  # a kernel that is wrong has no speed
-            step(outcome, "measure", lambda o: measure(o, machine))
-        write(outcome, about, arguments.out or default_folder(about))
-    for path in lessons.notebooks_with_gpu_cells():
-        outcomes.append(Outcome(path.stem, title="GPU cells of the lesson"))
-        step(outcomes[-1], "run", lambda o: lessons.run(ROOT / "notebooks" / f"{o.name}.ipynb"))
+    names = arguments.suite or suites.names()
+    notebooks = lessons.notebooks_with_gpu_cells()
+    outcomes = []
+    for number, name in enumerate(names):
+        left = deadline - time.monotonic() - LESSON_SECONDS * len(notebooks)
+        outcomes.append(run_suite(name, left / (len(names) - number), arguments))
+        write(outcomes[-1], about, arguments.out or default_folder(about))
+    for path in notebooks:
+        command = [sys.executable, "-m", "benchmarks.lessons", str(path)]
+        start = time.monotonic()
+        failure = supervise([command], LESSON_SECONDS, arguments.dry_run)[0]
+        seconds = time.monotonic() - start
+        outcomes.append(Outcome(path.stem, "GPU cells of the lesson", failure=failure, seconds=seconds))
     print(table(outcomes, machine))
     sys.exit(any(outcome.failure for outcome in outcomes))
 
@@ -70,48 +86,143 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for the JSON files; benchmarks/results/<machine> if left out")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes in the interpreter, on a CPU")
     parser.add_argument("--suite", action="append", choices=suites.names(), help="only this one; may be repeated")
-    parser.add_argument("--minutes", type=float, default=8.0, help="no new case is begun after this time")
+    parser.add_argument(
+        "--minutes", type=float, default=7.5, help="for everything; what is not done by then is left out"
+    )
     parser.add_argument("--whole-grid", action="store_true", help="check every case of the grids: half an hour more")
     parser.add_argument("--commit", help="of a copy without git")
+    parser.add_argument("--child", help=argparse.SUPPRESS)  # Task, as JSON
     return parser.parse_args()
 
 
 def what_is_missing() -> str:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    if torch.cuda.get_device_capability() < OLDEST_CAPABILITY:
-        return "the GPU is sm_{}{}".format(*torch.cuda.get_device_capability())
-    return ""
+    mode = triton_mode()
+    return "" if mode.name == "gpu" else mode.reason
 
 
-def step(outcome: Outcome, what: str, run: Callable[[Outcome], None]) -> None:
-    """Runs a part of a suite; its failure is noted with its last line, and printed whole."""
-    print(f"—— {outcome.name}: {what} ——", flush=True)
+def run_suite(name: str, seconds: float, arguments: argparse.Namespace) -> Outcome:
+    """Checks a suite, in several processes, then measures it in one more."""
     start = time.monotonic()
+    outcome = Outcome(name)
+    if arguments.dry_run:
+        run_tasks(outcome, [Task(name, ["check", "measure"], seconds)], arguments)
+    else:
+        parts = min(MAX_CHECKING, os.cpu_count() or 1)
+        limit = 3600.0 if arguments.whole_grid else CHECKING * seconds
+        run_tasks(outcome, [Task(name, ["check"], limit, part, parts) for part in range(parts)], arguments)
+        if not outcome.failure:  # a kernel that is wrong has no speed
+            spent = 0.0 if arguments.whole_grid else time.monotonic() - start
+            run_tasks(outcome, [Task(name, ["measure"], seconds - spent)], arguments)
+    outcome.seconds = time.monotonic() - start
+    return outcome
+
+
+@dataclass
+class Task:
+    """What a child process does: steps of a suite, in so many seconds; of its checks the part with this number."""
+
+    suite: str
+    steps: list[str]
+    seconds: float
+    part: int = 0
+    parts: int = 1
+    report: str = ""  # the file in which it says what it has done so far
+
+
+def run_tasks(outcome: Outcome, tasks: list[Task], arguments: argparse.Namespace) -> None:
+    """Runs tasks at the same time, each in a child process, and adds up what they report."""
+    print(f"—— {outcome.name}: {' and '.join(tasks[0].steps)} ——", flush=True)
+    options = [name for name in ("--dry-run", "--whole-grid") if getattr(arguments, name[2:].replace("-", "_"))]
+    with tempfile.TemporaryDirectory() as folder:
+        for task in tasks:
+            task.report = str(Path(folder, f"{task.part}.json"))
+        commands = [
+            [sys.executable, "-m", "benchmarks.gpu", *options, "--child", json.dumps(asdict(task))] for task in tasks
+        ]
+        failures = supervise(commands, tasks[0].seconds, arguments.dry_run)
+        for task, failure in zip(tasks, failures, strict=True):
+            found = Outcome(task.suite)
+            if Path(task.report).exists():
+                found = Outcome(**json.loads(Path(task.report).read_text()))
+            outcome.title = found.title or outcome.title
+            outcome.checked += found.checked
+            outcome.left_out += found.left_out
+            outcome.rows += found.rows
+            outcome.failure = outcome.failure or found.failure or failure
+
+
+def supervise(commands: list[list[str]], seconds: float, dry_run: bool) -> list[str]:
+    """Runs commands at the same time, and kills what has not ended in time.
+
+    Returns:
+        For each what went wrong: empty where it ended by itself, with 0.
+    """
+    environment = os.environ | ({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if dry_run else {})
+    deadline = time.monotonic() + seconds
+    children = [subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True) for command in commands]
+    failures = []
     try:
-        run(outcome)
-    except Exception as error:
-        traceback.print_exc()
-        outcome.failure = f"{what}: {type(error).__name__}: {error}".splitlines()[0]
-    outcome.seconds += time.monotonic() - start
+        for child in children:
+            try:
+                code = child.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                failures.append(f"no end after {seconds:.0f} s")
+            else:
+                ended = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+                failures.append(ended if code else "")
+    finally:
+        for child in children:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)  # with the compilers that it has started
+                child.wait()
+    return failures
 
 
-def check(outcome: Outcome, machine: Machine) -> None:
+def run_child(arguments: argparse.Namespace) -> bool:
+    """Does a task in the process that `run_tasks` started, and reports after each row. True where it failed."""
+    task = Task(**json.loads(arguments.child))
+    machine = Machine(arguments.dry_run, SOFT * task.seconds, arguments.whole_grid, (task.part, task.parts))
+    outcome = Outcome(task.suite)
+
+    def report() -> None:
+        outcome.left_out = machine.left_out
+        unfinished = Path(task.report).with_suffix(".part")
+        unfinished.write_text(json.dumps(asdict(outcome)))
+        unfinished.replace(task.report)
+
+    steps: dict[str, Callable] = {"check": check, "measure": measure}
+    for name in task.steps:
+        try:
+            steps[name](outcome, machine, report)
+        except Exception as error:
+            traceback.print_exc()
+            outcome.failure = f"{name}: {type(error).__name__}: {error}".splitlines()[0]
+            break
+    report()
+    return bool(outcome.failure)
+
+
+def check(outcome: Outcome, machine: Machine, report: Callable[[], None]) -> None:
     suite = suites.load(outcome.name)
     outcome.title = (suite.__doc__ or "").splitlines()[0]
     outcome.checked = suite.check(machine)
+    report()
 
 
-def measure(outcome: Outcome, machine: Machine) -> None:
+def measure(outcome: Outcome, machine: Machine, report: Callable[[], None]) -> None:
     for row in suites.load(outcome.name).measure(machine):
         outcome.rows.append(row)
         print(line(row), flush=True)
+        report()
 
 
 def write(outcome: Outcome, about: dict, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     result = {"suite": outcome.name, "title": outcome.title, "machine": about, "checked": outcome.checked}
-    result |= {"failure": outcome.failure, "seconds": round(outcome.seconds, 1), "rows": outcome.rows}
+    result |= {"checks left out": outcome.left_out, "failure": outcome.failure}
+    result |= {"seconds": round(outcome.seconds, 1), "rows": outcome.rows}
     (folder / f"{outcome.name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -126,11 +237,14 @@ def table(outcomes: list[Outcome], machine: Machine) -> str:
     for outcome in outcomes:
         lines += [f"{outcome.name}: {outcome.title}"] + [f"  {line(row)}" for row in outcome.rows]
         verdict = f"FAILED in {outcome.failure}" if outcome.failure else "ok"
-        lines.append(f"  {verdict}, {outcome.checked} checks, {len(outcome.rows)} rows, {outcome.seconds:.0f} s")
+        left_out = f" ({outcome.left_out} more were left out: no time)" if outcome.left_out else ""
+        checked = f"{outcome.checked} checks{left_out}"
+        lines.append(f"  {verdict}, {checked}, {len(outcome.rows)} rows, {outcome.seconds:.0f} s")
     if machine.dry_run:
-        lines.append("A dry run: every line of code was walked through, and no figure above means anything.")
-    elif machine.out_of_time():
-        lines.append("The time was over before the last case: --minutes gives more.")
+        lines.append(
+            "A dry run: checks and comparisons were walked through. Other libraries, the choice of tiles and the GPU's "
+            "clock were not, and no figure above means anything."
+        )
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from benchmarks.machine import ROOT
@@ -22,3 +23,7 @@ def run(path: Path) -> None:
     namespace: dict = {"__name__": path.stem}
     for number, source in enumerate(gpu_cells(path), start=1):
         exec(compile(source, f"{path.name}, GPU cell {number}", "exec"), namespace)
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]))

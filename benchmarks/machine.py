@@ -6,18 +6,20 @@ import importlib.metadata
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from statistics import median, quantiles
+from typing import TypeVar
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "numpy", "flash-attn", "flashinfer-python")
 MAX_ROUNDS = 50
+Case = TypeVar("Case")
 SECONDS_A_CASE = 1.0  # for all functions of a comparison together
 
 
@@ -37,15 +39,18 @@ class Machine:
 
     Args:
         dry_run: walk through everything in the interpreter, on the CPU, at tiny sizes: no figure means anything.
-        seconds: how long all suites together may take.
+        seconds: no new case is begun after them.
         whole_grid: check all of a suite's grid, however long that takes.
+        part: which part of the checks is this process's, and how many parts there are.
+        left_out: how many checks of its part were not begun, because the time was over.
     """
 
     dry_run: bool
     seconds: float = 480.0
     whole_grid: bool = False
+    part: tuple[int, int] = (0, 1)
+    left_out: int = 0
     started: float = field(default_factory=time.monotonic)
-    deadline: float = float("inf")  # of the suite that runs
 
     @property
     def device(self) -> str:
@@ -53,12 +58,22 @@ class Machine:
 
     def out_of_time(self) -> bool:
         """Whether a suite should stop before its next case."""
-        return time.monotonic() > min(self.deadline, self.started + self.seconds)
+        return time.monotonic() > self.started + self.seconds
 
-    def share_time(self, suites: int) -> None:
-        """Gives the next one of these suites its part of the time that is left."""
-        left = self.started + self.seconds - time.monotonic()
-        self.deadline = time.monotonic() + left / suites
+    def share(self, cases: Iterable[Case], together: int = 1) -> Iterator[Case]:
+        """This process's part of the checks, until the time is over.
+
+        Args:
+            cases: all of them, the most important ones first.
+            together: so many cases that stand together go to the same process: those that one compilation serves.
+        """
+        number, parts = self.part
+        for i, case in enumerate(cases):
+            if i // together % parts == number:
+                if self.out_of_time():
+                    self.left_out += 1
+                else:
+                    yield case
 
     def describe(self) -> dict[str, str]:
         """Device, driver, versions and date, as they go into every result."""
@@ -81,26 +96,32 @@ class Machine:
         """
         for function in functions.values():
             function()  # compiles, and fills what is made once
-        once = sum(self._milliseconds(function) for function in functions.values()) / 1000
+        once = sum(self._start(function)() for function in functions.values()) / 1000
         rounds = 1 if self.dry_run else max(5, min(MAX_ROUNDS, int(SECONDS_A_CASE / max(once, 1e-4))))
+        turns = [(name, self._start(function)) for _ in range(rounds) for name, function in functions.items()]
         times: dict[str, list[float]] = {name: [] for name in functions}
-        for _ in range(rounds):
-            for name, function in functions.items():
-                times[name].append(self._milliseconds(function))
+        for name, milliseconds in turns:  # read at the end: a GPU that waits for the host between two calls is idle
+            times[name].append(milliseconds())
         return {name: _timing(found) for name, found in times.items()}
 
-    def _milliseconds(self, function: Callable[[], object]) -> float:
+    def _start(self, function: Callable[[], object]) -> Callable[[], float]:
+        """Calls a function; what is returned waits for its end, and says how many milliseconds it took."""
         if self.dry_run:
             start = time.perf_counter()
             function()
-            return (time.perf_counter() - start) * 1000
+            taken = (time.perf_counter() - start) * 1000
+            return lambda: taken
         self._larger_than_cache.zero_()
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         before.record()
         function()
         after.record()
-        torch.cuda.synchronize()
-        return before.elapsed_time(after)
+
+        def milliseconds() -> float:
+            after.synchronize()
+            return before.elapsed_time(after)
+
+        return milliseconds
 
     @cached_property
     def _larger_than_cache(self) -> torch.Tensor:

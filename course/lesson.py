@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from minillm.corpus import BOT, user_turn
 
 if TYPE_CHECKING:
     from IPython.display import Markdown
+    from tokenizers import Tokenizer
 
 
 QUOTED_MACHINE = "intel-r-xeon-r-processor-2-50ghz-2-threads"

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import yaml
-
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -103,6 +101,8 @@ class ModelConfig:
         Raises:
             ValueError: on a name that is no field of `ModelConfig`.
         """
+        import yaml  # here and below, because models are also made where only torch is installed
+
         values = yaml.safe_load(Path(path).read_text())
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
@@ -111,6 +111,8 @@ class ModelConfig:
 
     def to_yaml(self, path: str | Path) -> None:
         """Writes the configuration as YAML, in a form that `from_yaml` reads."""
+        import yaml
+
         Path(path).write_text(yaml.safe_dump(asdict(self), sort_keys=False))
 
 

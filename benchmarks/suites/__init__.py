@@ -2,7 +2,8 @@
 
 A suite has a docstring, whose first line is its title in the table, and two functions:
 
-    check(machine) -> int               compares with float64 under the error budget; how many cases; raises where wrong
+    check(machine) -> int               compares the cases that `machine.share` hands out with float64 under the error
+                                        budget; how many; raises where wrong
     measure(machine) -> Iterator[dict]  yields one row of figures a case, plain numbers and strings
 
 `benchmarks.machine.Machine` says where it runs, how large cases shall be, and times functions against each other.

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from benchmarks.attention import HIDDEN, SEQLENS, Attention, compare
-from benchmarks.correctness import assert_right, random_qkv
+from benchmarks.correctness import assert_right, naive_one_by_one, random_qkv, random_ragged
 from benchmarks.machine import Machine
 from kernels import tuning
 from kernels.flash_attention import flash_attention, flash_attn_func
@@ -23,29 +27,94 @@ GRID_SEQLENS = (
 )
 GRID_HEADDIMS = (32, 40, 59, 64, 96, 111, 128, 160, 192, 224, 256)
 GRID_HEADS = ((6, 6), (6, 2), (6, 1))
+HALVES = (torch.bfloat16, torch.float16)
+SOME_SEQLENS = ((113, 203), (512, 256), (1023, 1024), (2048, 2048))
+RAGGED = [(113, 0), (1, 217), (0, 5), (64, 64), (1023, 1024), (512, 300)]  # (queries, keys) of each sequence
+
+
+class Case(NamedTuple):
+    """What one compilation of the kernels serves, and the lengths to try it with.
+
+    Args:
+        tiles: number of the candidate in `kernels.tuning`.
+        layout: "padded"; "ragged", with the lengths of RAGGED; or "gaps": padded, with NaN between rows and heads.
+    """
+
+    dtype: torch.dtype
+    heads: tuple[int, int]
+    causal: bool
+    local: bool
+    headdim: int
+    seqlens: tuple[tuple[int, int], ...] = SOME_SEQLENS
+    softcap: float = 0.0
+    tiles: int = 0
+    layout: str = "padded"
 
 
 def check(machine: Machine) -> int:
-    cases = list(grid(machine))
-    for number, (dtype, heads, causal, local, headdim, seqlens) in enumerate(cases):
-        window = (seqlens[1] // 3, seqlens[1] // 7) if local else (-1, -1)
-        qkv = random_qkv(seqlens, heads, headdim, dtype, machine.device, batch=1 + number % 2)
-        assert_right(flash_attention, qkv, causal=causal, window_size=window)
-    return len(cases)
+    checked = 0
+    for case in machine.share(grid(machine)):
+        with tiles(case):
+            for seqlens in case.seqlens:
+                check_one(case, seqlens, machine.device, batch=1 + checked % 2)
+                checked += 1
+    return checked
 
 
-def grid(machine: Machine) -> Iterator[tuple]:
-    """(dtype, heads, causal, local, headdim, seqlens): all of flash-attn's, or a walk through it in every dimension."""
-    halves = (torch.bfloat16, torch.float16)
-    whole = itertools.product(halves, GRID_HEADS, (False, True), (False, True), GRID_HEADDIMS, GRID_SEQLENS)
+def check_one(case: Case, seqlens: tuple[int, int], device: str, batch: int) -> None:
+    options = dict(causal=case.causal, softcap=case.softcap)
+    options["window_size"] = (seqlens[1] // 3, seqlens[1] // 7) if case.local else (-1, -1)
+    if case.layout == "ragged":
+        qkv, ragged = random_ragged(RAGGED, case.heads, case.headdim, case.dtype, device)
+        naive = partial(naive_one_by_one, ragged=ragged)
+        assert_right(partial(flash_attention, ragged=ragged), qkv, naive=naive, **options)
+    else:
+        qkv = random_qkv(seqlens, case.heads, case.headdim, case.dtype, device, batch)
+        assert_right(among_nan if case.layout == "gaps" else flash_attention, qkv, **options)
+
+
+def among_nan(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor]:
+    """The same with tensors that are parts of larger ones: what lies around them must not be read."""
+
+    def inside(x: Tensor) -> Tensor:
+        rows, heads, headdim = x.shape[1:]
+        return F.pad(x, (0, 16, 0, 1, 0, 128), value=torch.nan)[:, :rows, :heads, :headdim]
+
+    return flash_attention(inside(q), inside(k), inside(v), **options)
+
+
+def tiles(case: Case) -> ExitStack:
+    """The case's candidate for as long as the stack is open; a kernel that has fewer takes its last one."""
+    stack = ExitStack()
+    if case.tiles:
+        for kernel in tuning.KERNELS:
+            found = tuning.candidates(kernel, case.headdim, case.dtype, tuning.this_gpu())
+            config = found[min(case.tiles, len(found) - 1)]
+            stack.enter_context(tuning.using(kernel, case.headdim, case.dtype, config))
+    return stack
+
+
+def grid(machine: Machine) -> Iterator[Case]:
+    """All of flash-attn's grid, or what is timed, with all tiles that are tried, and then a walk through the rest."""
     if machine.dry_run:
-        yield (torch.float16, (4, 2), True, False, 16, (40, 50))
-    elif machine.whole_grid:
-        yield from whole
-    else:  # a compilation for each headdim, dtype and mask takes the time: ten of them, on four lengths each
-        for i, headdim in enumerate((128, 64, 256, 128, 64, 96, 40, 128, 192, 111)):
-            flags = (i % 2 == 0, i % 5 == 3)
-            yield from ((halves[i // 3 % 2], GRID_HEADS[i % 3], *flags, headdim, s) for s in GRID_SEQLENS[i % 3 :: 3])
+        yield Case(torch.float16, (4, 2), True, False, 16, ((40, 50),))
+        yield Case(torch.float16, (4, 2), True, False, 16, ((40, 50),), layout="gaps")
+        return
+    for headdim, causal, candidate in itertools.product(HEADDIMS, (True, False), range(3)):
+        yield Case(torch.bfloat16, (6, 6), causal, False, headdim, tiles=candidate)
+    if machine.whole_grid:
+        whole = itertools.product(HALVES, GRID_HEADS, (False, True), (False, True), GRID_HEADDIMS)
+        for values, layout in itertools.product(whole, ("padded", "ragged")):
+            yield Case(*values, GRID_SEQLENS if layout == "padded" else GRID_SEQLENS[:1], layout=layout)
+    for i, headdim in enumerate((128, 64, 256, 96, 40, 192, 111, 59)):
+        heads, flags = GRID_HEADS[(i + 1) % 3], (i % 2 == 0, i % 3 == 2)
+        yield Case(HALVES[i % 2], heads, *flags, headdim, GRID_SEQLENS[i % 3 :: 3])
+        yield Case(HALVES[1 - i % 2], heads, *flags, headdim, GRID_SEQLENS[:1], layout="ragged")
+    yield Case(torch.bfloat16, (6, 2), True, False, 128, softcap=15.0)
+    yield Case(torch.bfloat16, (6, 2), True, False, 64, layout="gaps")
+    yield Case(torch.float16, (6, 1), False, True, 96, layout="gaps")
+    for headdim in (64, 128):
+        yield Case(torch.float32, (6, 2), True, False, headdim)
 
 
 def measure(machine: Machine) -> Iterator[dict]:
@@ -66,7 +135,7 @@ def tune(machine: Machine, headdim: int, causal: bool) -> None:
     leaves = random_qkv((seqlen, seqlen), (nheads, nheads), headdim, dtype, machine.device)
     q, k, v = (x.requires_grad_() for x in leaves)
     out = flash_attn_func(q, k, v, causal=causal)
-    backward = partial(torch.autograd.grad, out, leaves, torch.randn_like(out), retain_graph=True)
+    backward: Callable = partial(torch.autograd.grad, out, leaves, torch.randn_like(out), retain_graph=True)
     tuning.tune("forward", headdim, dtype, partial(flash_attn_func, q, k, v, causal=causal))
     tuning.tune("backward_kv", headdim, dtype, backward)
     tuning.tune("backward_q", headdim, dtype, backward)

@@ -1,34 +1,68 @@
 """make bench-gpu without a GPU: every suite is walked through in the interpreter, and a failure stops nobody else."""
 
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import gpu, lessons, suites
 from benchmarks.machine import Machine, commit
+from kernels.targets import TARGETS
+from kernels.tuning import KERNELS, candidates
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+# torch and triton with what they need themselves, numpy, and this repository: all that a GPU machine has.
+THERE = {
+    *("torch", "torchgen", "functorch", "triton", "numpy", "nvidia", "cuda"),
+    *("filelock", "fsspec", "jinja2", "markupsafe", "mpmath", "networkx", "sympy", "typing_extensions", "setuptools"),
+    *("benchmarks", "course", "kernels", "minillm"),
+}
+BARE_MACHINE = f"""
+import sys
+from importlib.machinery import PathFinder
+
+class OnlyWhatIsThere(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        there = name in {THERE} or name in sys.stdlib_module_names or name.startswith("_")
+        if path is None and not there:
+            return None
+        return super().find_spec(name, path, target)
+
+sys.meta_path = [OnlyWhatIsThere if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+
+
+def bench_gpu(*arguments, path):
+    command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
+    return subprocess.run(command, cwd=path[-1], env=environment, capture_output=True, text=True)
+
+
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory):
-    """A dry run without Jupyter's packages, as on a GPU machine that has torch and triton only."""
     folder = tmp_path_factory.mktemp("results")
-    blocked = folder / "blocked"
-    for name in ("IPython", "ipywidgets", "matplotlib", "jupyter_core", "allpairspy"):
-        (blocked / name).mkdir(parents=True)
-        (blocked / name / "__init__.py").write_text("raise ImportError('not on this machine')")
-    path = os.pathsep.join([str(blocked), str(ROOT)])
-    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", str(folder)]
-    run = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
-    return run, folder
+    bare = folder / "bare"
+    bare.mkdir()
+    (bare / "sitecustomize.py").write_text(BARE_MACHINE)  # Python imports it when it starts, the children's too
+    return bench_gpu("--dry-run", "--out", folder, path=[bare, ROOT]), folder
+
+
+def test_a_bare_machine_has_no_package_but_torch_triton_and_numpy(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(BARE_MACHINE)
+    for name, code in {"numpy": 0, "json": 0, "pytest": 1, "yaml": 1, "tokenizers": 1}.items():
+        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+        run = subprocess.run([sys.executable, "-c", f"import {name}"], env=environment, capture_output=True)
+        assert run.returncode == code, name
 
 
 def test_the_dry_run_walks_through_every_suite(dry_run):
@@ -50,28 +84,57 @@ def test_a_result_says_where_and_when_it_was_measured(dry_run):
 
 def test_the_table_comes_last_and_a_dry_run_says_that_it_measured_nothing(dry_run):
     lines = dry_run[0].stdout.splitlines()
-    assert "no figure above means anything" in lines[-1]
+    assert "no figure above means anything" in lines[-1] and "were not" in lines[-1]
     assert any(line.startswith("flash_attention: FlashAttention-2 in Triton") for line in lines)
 
 
-@pytest.mark.parametrize("where", ["check", "measure"])
-def test_a_failing_suite_is_reported_and_the_next_one_runs(where, monkeypatch, tmp_path, capsys):
-    def fail(machine):
-        raise AssertionError("planted")
+PLANTED = {
+    "a_crash": ("return 1", "yield {'speed': 1.0}; import os; os.abort()"),
+    "b_wrong": ("raise AssertionError('planted')", "yield {}"),
+}
 
-    good = SimpleNamespace(__doc__="Good.", check=lambda machine: 1, measure=lambda machine: iter([{"speed": 2.0}]))
-    bad = SimpleNamespace(**(vars(good) | {"__doc__": "Bad.", where: fail}))
-    monkeypatch.setattr(suites, "names", lambda: ["bad", "good"])
-    monkeypatch.setattr(suites, "load", {"bad": bad, "good": good}.__getitem__)
-    monkeypatch.setattr(lessons, "notebooks_with_gpu_cells", lambda: [])
-    monkeypatch.setattr(sys, "argv", ["gpu", "--dry-run", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit) as stop:
-        gpu.main()
-    table = capsys.readouterr().out.split("Bad.")[-1]
-    assert stop.value.code == 1
-    assert f"FAILED in {where}: AssertionError: planted" in table and "speed=2" in table
-    assert json.loads((tmp_path / "good.json").read_text())["rows"] == [{"speed": 2.0}]
-    assert json.loads((tmp_path / "bad.json").read_text())["rows"] == []
+
+def test_a_suite_that_takes_its_process_down_or_is_wrong_is_reported_and_stops_nobody_else(tmp_path):
+    """The benchmark itself with other suites: a copy of its folder."""
+    real = shutil.ignore_patterns("results", "hopper.py", "flash_attention.py")
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks", ignore=real)
+    for name, (check, measure) in PLANTED.items():
+        suite = f'"""{name.title()}."""\n\ndef check(machine):\n    {check}\n\ndef measure(machine):\n    {measure}\n'
+        (tmp_path / f"benchmarks/suites/{name}.py").write_text(suite)
+    run = bench_gpu("--dry-run", "--out", tmp_path / "out", path=[ROOT, tmp_path])
+    assert run.returncode == 1, run.stderr[-2000:]
+    assert "speed=1\n  FAILED in ended by SIGABRT, 1 checks, 1 rows" in run.stdout  # what it had measured is kept
+    assert "b_wrong: B_Wrong.\n  FAILED in check: AssertionError: planted, 0 checks" in run.stdout
+    rows = {path.stem: json.loads(path.read_text())["rows"] for path in (tmp_path / "out").glob("*.json")}
+    assert rows == {"a_crash": [{"speed": 1.0}], "b_wrong": []}
+
+
+def test_what_does_not_end_is_killed_and_stops_nobody_else():
+    start = time.monotonic()
+    commands = [[sys.executable, "-c", code] for code in ("import time; time.sleep(60)", "pass")]
+    assert gpu.supervise(commands, 2.0, dry_run=True) == ["no end after 2 s", ""]
+    assert time.monotonic() - start < 30
+
+
+def test_the_parts_of_the_checks_are_all_of_them_and_keep_together_what_is_compiled_once():
+    cases = list(range(20))
+    parts = [list(Machine(dry_run=True, part=(number, 3)).share(cases, together=4)) for number in range(3)]
+    assert sorted(itertools.chain(*parts)) == cases
+    assert parts[1] == [4, 5, 6, 7, 16, 17, 18, 19]
+
+
+def test_checks_that_the_time_does_not_suffice_for_are_counted():
+    machine = Machine(dry_run=True, seconds=-1)
+    assert list(machine.share(range(7))) == [] and machine.left_out == 7
+
+
+def test_every_tile_that_can_be_timed_is_checked():
+    """And on a GPU the checks come before the time: what is tuned is right, and compiled."""
+    grid = suites.load("flash_attention").grid(Machine(dry_run=False))
+    checked = {(case.headdim, case.causal, case.tiles) for case in grid if not case.local and case.heads == (6, 6)}
+    for target, headdim in itertools.product(TARGETS, (64, 128, 256)):
+        found = max(len(candidates(kernel, headdim, torch.bfloat16, target)) for kernel in KERNELS)
+        assert {(headdim, causal, i) for causal in (False, True) for i in range(found)} <= checked
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: what is said without one was not checked")
@@ -91,12 +154,6 @@ def test_functions_are_timed_in_turns():
 def test_the_time_that_suites_may_take_runs_out():
     assert not Machine(dry_run=True, seconds=60).out_of_time()
     assert Machine(dry_run=True, seconds=-1).out_of_time()
-
-
-def test_no_suite_takes_the_time_of_the_next_one():
-    machine = Machine(dry_run=True, seconds=60)
-    machine.share_time(suites=3)
-    assert 15 < machine.deadline - time.monotonic() <= 20
 
 
 @pytest.mark.parametrize("path", lessons.notebooks_with_gpu_cells(), ids=lambda path: path.stem)
