@@ -25,6 +25,7 @@ from kernels import tuning  # noqa: E402
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEADDIM = 256
+MAX_GRID = 65535  # programs along the second and third axis of a launch (CUDA), which heads and batch are
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x · log2 e): a GPU has an instruction for exp2 only
 LN2 = tl.constexpr(0.6931471805599453)
@@ -158,8 +159,10 @@ def flash_attention(
     """
     _check(q, k, v, ragged, window_size, softcap, softmax_scale)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    left, right = (window_size[0], 0) if causal else window_size
     lengths = ragged or (None, None, q.shape[1], k.shape[1])
+    # A window as long as the sequence is none; and the kernel adds it to positions, so that 2³¹ - 1 would overflow.
+    left = -1 if window_size[0] >= lengths[3] else window_size[0]
+    right = 0 if causal else -1 if window_size[1] >= lengths[2] else window_size[1]
     return torch.ops.kernels.flash_attention_forward(q, k, v, *lengths, scale, left, right, softcap)
 
 
@@ -201,6 +204,10 @@ def _check(
     if ragged and len(ragged.cu_seqlens_q) != len(ragged.cu_seqlens_k):
         sizes = len(ragged.cu_seqlens_q), len(ragged.cu_seqlens_k)
         raise ValueError(f"cu_seqlens_q has {sizes[0]} entries, cu_seqlens_k {sizes[1]}: they must agree")
+    batch = len(ragged.cu_seqlens_q) - 1 if ragged else q.shape[0]
+    for what, number in (("batch", batch), ("heads", q.shape[-2])):
+        if number > MAX_GRID:
+            raise ValueError(f"q has {what} {number}, wants at most {MAX_GRID}: split the call")
 
 
 @torch.library.custom_op("kernels::flash_attention_forward", mutates_args=())
@@ -295,6 +302,8 @@ class Call:
 
     def __init__(self, q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, left, right, softcap):
         self.ragged = cu_seqlens_q is not None
+        if self.ragged:  # the kernel reads them one behind the other
+            cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
         self.batch = len(cu_seqlens_q) - 1 if self.ragged else q.shape[0]
         self.nheads, self.nheads_k, self.headdim, self.dtype = q.shape[-2], k.shape[-2], q.shape[-1], q.dtype
         self.lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -302,45 +311,48 @@ class Call:
         self.constants = constants(self.headdim, self.nheads // self.nheads_k, left >= 0, right >= 0, softcap > 0)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
-        sizes = tuning.choice("forward", self.headdim, self.dtype).keywords()
+        sizes = self._sizes("forward")
         grid = (triton.cdiv(self.lengths[2], sizes["BLOCK_Q"]), self.nheads, self.batch)
-        strides = (*map(self._strides, (q, k, v, out)), self._row_strides(lse))
+        strides = (*map(self._strides, (q, k, v, out)), *self._row_strides(lse))
         forward_kernel[grid](q, k, v, out, lse, *strides, *self.lengths, *self.mask, **self.constants, **sizes)
 
     def backward(self, q, k, v, out, lse, grad_out, grad_lse, grad_q, grad_k, grad_v) -> None:
         delta = torch.empty_like(lse)
         self._delta(out, grad_out, grad_lse, delta)
         tensors = (q, k, v, grad_out, lse, delta)
-        strides = (*map(self._strides, (q, k, v, grad_out)), self._row_strides(lse))
+        strides = (*map(self._strides, (q, k, v, grad_out)), *self._row_strides(lse))
 
-        sizes = tuning.choice("backward_kv", self.headdim, self.dtype).keywords()
+        sizes = self._sizes("backward_kv")
         grid = (triton.cdiv(self.lengths[3], sizes["BLOCK_K"]), self.nheads_k, self.batch)
         kv = (grad_k, grad_v, self._strides(grad_k))  # both are contiguous
         backward_kv_kernel[grid](*tensors, *strides, *kv, *self.lengths, *self.mask, **self.constants, **sizes)
 
-        sizes = tuning.choice("backward_q", self.headdim, self.dtype).keywords()
+        sizes = self._sizes("backward_q")
         grid = (triton.cdiv(self.lengths[2], sizes["BLOCK_Q"]), self.nheads, self.batch)
         outputs = (grad_q, self._strides(grad_q))
         backward_q_kernel[grid](*tensors, *strides, *outputs, *self.lengths, *self.mask, **self.constants, **sizes)
 
     def _delta(self, out: Tensor, grad_out: Tensor, grad_lse: Tensor, delta: Tensor) -> None:
         grid = (triton.cdiv(self.lengths[2], DELTA_ROWS), self.nheads, self.batch)
-        strides = (*map(self._strides, (out, grad_out)), self._row_strides(delta))
+        strides = (*map(self._strides, (out, grad_out)), *self._row_strides(delta))
         sizes = {name: self.constants[name] for name in ("HEADDIM", "BLOCK_D")}
         delta_kernel[grid](
             out, grad_out, grad_lse, delta, *strides, self.lengths[0], self.lengths[2], BLOCK_Q=DELTA_ROWS, **sizes
         )
 
+    def _sizes(self, kernel: str) -> dict[str, int]:
+        return tuning.choice(kernel, self.headdim, self.dtype, self.constants["LEFT"]).keywords()
+
     def _strides(self, x: Tensor) -> tuple[int, int, int]:
         """From one sequence, row and head to the next, in elements; cu_seqlens leads to a ragged batch's sequences."""
         return (0 if self.ragged else x.stride(0), x.stride(-3), x.stride(-2))
 
-    def _row_strides(self, x: Tensor) -> tuple[int, int, int]:
-        """The same for one number a row: (batch, nheads, seqlen), or (nheads, total)."""
-        return (0 if self.ragged else x.stride(0), x.stride(-1), x.stride(-2))
+    def _row_strides(self, x: Tensor) -> tuple[int, int]:
+        """From one sequence and head to the next with one number a row: (batch, nheads, seqlen) or (nheads, total)."""
+        return (0 if self.ragged else x.stride(0), x.stride(-2))
 
 
-DELTA_ROWS = 32
+DELTA_ROWS = 256 if MODE.name == "interpreter" else 32
 
 
 def constants(headdim: int, group: int, left: bool, right: bool, softcap: bool) -> dict:
@@ -349,10 +361,15 @@ def constants(headdim: int, group: int, left: bool, right: bool, softcap: bool) 
     return dict(GROUP=group, HEADDIM=headdim, BLOCK_D=block_d, LEFT=left, RIGHT=right, SOFTCAP=softcap)
 
 
-@triton.jit
+# Arguments that Triton shall not look at: it would compile again for a length of 1, and for one that 16 divides.
+VARYING = ["seqlen_q", "seqlen_k", "left", "right", "row_batch", "row_head"]
+
+
+@triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
     q, k, v, out, lse,  # where the tensors lie
-    q_strides, k_strides, v_strides, out_strides, lse_strides,  # of each: (batch, row, head)
+    q_strides, k_strides, v_strides, out_strides,  # of each: (batch, row, head)
+    row_batch, row_head,  # the same of lse, whose rows follow each other
     cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k,  # the first two are None for a padded batch
     scale, softcap, left, right,  # a causal mask is right = 0
     GROUP: tl.constexpr, HEADDIM: tl.constexpr, BLOCK_D: tl.constexpr,  # GROUP query heads share a KV head
@@ -371,7 +388,7 @@ def forward_kernel(
     k = locate(k, k_strides, batch, first_k, head // GROUP)  # K and V are read where they lie, never repeated
     v = locate(v, v_strides, batch, first_k, head // GROUP)
     out = locate(out, out_strides, batch, first_q + start, head)
-    lse = locate(lse, lse_strides, batch, first_q + start, head)
+    lse += batch * row_batch + head * row_head + first_q + start
 
     n_rows = seqlen_q - start
     q_tile = load_tile(q, q_strides[1], n_rows, BLOCK_Q, HEADDIM, BLOCK_D, False)
@@ -404,7 +421,7 @@ def forward_kernel(
     store_tile(out, acc, out_strides[1], n_rows, BLOCK_Q, HEADDIM, BLOCK_D)
     rows = tl.arange(0, BLOCK_Q)
     natural = (m + tl.log2(tl.where(empty, 1, l))) * LN2
-    tl.store(lse + rows * lse_strides[1], tl.where(empty, float("-inf"), natural), mask=rows < n_rows)
+    tl.store(lse + rows, tl.where(empty, float("-inf"), natural), mask=rows < n_rows)
 
 
 @triton.jit
@@ -450,8 +467,8 @@ def sequence(cu_seqlens, batch, seqlen):
 @triton.jit
 def locate(pointer, strides, batch, row, head):
     """Where a head's row begins. (2, 100, 8, 64) in one piece has strides (51200, 512, 64), so sequence 1, row 3,
-    head 2 begins 1·51200 + 3·512 + 2·64 = 52864 elements after the pointer."""
-    return pointer + batch * strides[0] + row * strides[1] + head * strides[2]
+    head 2 begins 1·51200 + 3·512 + 2·64 = 52864 elements after the pointer; in 64 bits, for long rows pass 2³¹."""
+    return pointer + batch * strides[0] + tl.cast(row, tl.int64) * strides[1] + tl.cast(head, tl.int64) * strides[2]
 
 
 @triton.jit
@@ -527,10 +544,10 @@ def tiles_seen(first, stop, before, after, length, BLOCK: tl.constexpr, BEFORE: 
     return begin, whole, whole_stop // BLOCK * BLOCK, end
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def delta_kernel(
     out, grad_out, grad_lse, delta,
-    out_strides, grad_out_strides, row_strides,
+    out_strides, grad_out_strides, row_batch, row_head,
     cu_seqlens_q, seqlen_q,
     HEADDIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
@@ -541,23 +558,22 @@ def delta_kernel(
         return
     out = locate(out, out_strides, batch, first_q + start, head)
     grad_out = locate(grad_out, grad_out_strides, batch, first_q + start, head)
-    grad_lse = locate(grad_lse, row_strides, batch, first_q + start, head)
-    delta = locate(delta, row_strides, batch, first_q + start, head)
+    row = batch * row_batch + head * row_head + first_q + start
 
     n_rows = seqlen_q - start
     out_tile = load_tile(out, out_strides[1], n_rows, BLOCK_Q, HEADDIM, BLOCK_D, False)
     grad_tile = load_tile(grad_out, grad_out_strides[1], n_rows, BLOCK_Q, HEADDIM, BLOCK_D, False)
     rows = tl.arange(0, BLOCK_Q)
     ACC: tl.constexpr = delta.dtype.element_ty
-    through_lse = tl.load(grad_lse + rows * row_strides[1], mask=rows < n_rows, other=0.0)
+    through_lse = tl.load(grad_lse + row + rows, mask=rows < n_rows, other=0.0)
     result = tl.sum(out_tile.to(ACC) * grad_tile.to(ACC), 1) - through_lse
-    tl.store(delta + rows * row_strides[1], result, mask=rows < n_rows)
+    tl.store(delta + row + rows, result, mask=rows < n_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def backward_kv_kernel(
     q, k, v, grad_out, lse, delta,
-    q_strides, k_strides, v_strides, grad_out_strides, row_strides,
+    q_strides, k_strides, v_strides, grad_out_strides, row_batch, row_head,
     grad_k, grad_v, grad_strides,
     cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k,
     scale, softcap, left, right,
@@ -586,26 +602,24 @@ def backward_kv_kernel(
     bounds = tiles_seen(start - shift, stop, right, left, seqlen_q, BLOCK_Q, RIGHT, LEFT)
     columns = start + tl.arange(0, BLOCK_K)
     numbers = (scale, softcap, left, right)
-    for member in range(GROUP):
-        head = head_k * GROUP + member
-        queries = (
-            locate(q, q_strides, batch, first_q, head), locate(grad_out, grad_out_strides, batch, first_q, head),
-            locate(lse, row_strides, batch, first_q, head), locate(delta, row_strides, batch, first_q, head),
-            q_strides[1], grad_out_strides[1], row_strides[1], seqlen_q, shift,
-        )  # fmt: skip
-        if RIGHT:
-            dk, dv = take_in_queries(
-                dk, dv, k_tile, v_tile, columns, queries, numbers, bounds[0], bounds[1],
-                HEADDIM, BLOCK_D, BLOCK_Q, LEFT, RIGHT, SOFTCAP, True,
-            )  # fmt: skip
+    head = head_k * GROUP  # the first of the query heads that share this one
+    q = locate(q, q_strides, batch, first_q, head)
+    grad_out = locate(grad_out, grad_out_strides, batch, first_q, head)
+    row = batch * row_batch + head * row_head + first_q
+    queries = (q, grad_out, lse + row, delta + row, q_strides, grad_out_strides, row_head, seqlen_q, shift)
+    if RIGHT:
         dk, dv = take_in_queries(
-            dk, dv, k_tile, v_tile, columns, queries, numbers, bounds[1], bounds[2],
-            HEADDIM, BLOCK_D, BLOCK_Q, LEFT, RIGHT, SOFTCAP, False,
+            dk, dv, k_tile, v_tile, columns, queries, numbers, bounds[0], bounds[1],
+            GROUP, HEADDIM, BLOCK_D, BLOCK_Q, LEFT, RIGHT, SOFTCAP, True,
         )  # fmt: skip
-        dk, dv = take_in_queries(
-            dk, dv, k_tile, v_tile, columns, queries, numbers, tl.maximum(bounds[1], bounds[2]), bounds[3],
-            HEADDIM, BLOCK_D, BLOCK_Q, LEFT, RIGHT, SOFTCAP, True,
-        )  # fmt: skip
+    dk, dv = take_in_queries(
+        dk, dv, k_tile, v_tile, columns, queries, numbers, bounds[1], bounds[2],
+        GROUP, HEADDIM, BLOCK_D, BLOCK_Q, LEFT, RIGHT, SOFTCAP, False,
+    )  # fmt: skip
+    dk, dv = take_in_queries(
+        dk, dv, k_tile, v_tile, columns, queries, numbers, tl.maximum(bounds[1], bounds[2]), bounds[3],
+        GROUP, HEADDIM, BLOCK_D, BLOCK_Q, LEFT, RIGHT, SOFTCAP, True,
+    )  # fmt: skip
     grad_k = locate(grad_k, grad_strides, batch, first_k + start, head_k)
     grad_v = locate(grad_v, grad_strides, batch, first_k + start, head_k)
     store_tile(grad_k, dk * scale, grad_strides[1], n_rows, BLOCK_K, HEADDIM, BLOCK_D)
@@ -615,22 +629,27 @@ def backward_kv_kernel(
 @triton.jit
 def take_in_queries(
     dk, dv, k_tile, v_tile, columns, queries, numbers, first, stop,
-    HEADDIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    GROUP: tl.constexpr, HEADDIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of queries, and what they add to dK and dV. Everything is transposed: a key is a row here."""
-    q, grad_out, lse, delta, q_stride, grad_out_stride, row_stride, seqlen_q, shift = queries
-    for start in range(first, stop, BLOCK_Q):
-        start = tl.multiple_of(start, BLOCK_Q)
-        far = tl.cast(start, tl.int64)
+    """Tiles of queries, head after head, and what they add to dK and dV. Everything is transposed: a key is a row.
+
+    One loop over the tiles of all heads that share the keys: with one over the heads around it, dK and dV would spill.
+    """
+    q, grad_out, lse, delta, q_strides, grad_out_strides, row_head, seqlen_q, shift = queries
+    tiles = tl.cdiv(tl.maximum(0, stop - first), BLOCK_Q)
+    for i in range(GROUP * tiles):
+        member = i // tiles if GROUP > 1 else 0
+        start = tl.multiple_of(first + (i - member * tiles) * BLOCK_Q, BLOCK_Q)
         n_rows = seqlen_q - start
-        q_tile = load_tile(q + far * q_stride, q_stride, n_rows, BLOCK_Q, HEADDIM, BLOCK_D, not MASKED)
-        do_tile = load_tile(
-            grad_out + far * grad_out_stride, grad_out_stride, n_rows, BLOCK_Q, HEADDIM, BLOCK_D, not MASKED
-        )
+        q_rows = locate(q, q_strides, 0, start, member)
+        q_tile = load_tile(q_rows, q_strides[1], n_rows, BLOCK_Q, HEADDIM, BLOCK_D, not MASKED)
+        do_rows = locate(grad_out, grad_out_strides, 0, start, member)
+        do_tile = load_tile(do_rows, grad_out_strides[1], n_rows, BLOCK_Q, HEADDIM, BLOCK_D, not MASKED)
         rows = tl.arange(0, BLOCK_Q)
-        lse_row = tl.load(lse + (far + rows) * row_stride, mask=rows < n_rows, other=0.0)
-        delta_row = tl.load(delta + (far + rows) * row_stride, mask=rows < n_rows, other=0.0)
+        row = tl.cast(member, tl.int64) * row_head + start
+        lse_row = tl.load(lse + row + rows, mask=rows < n_rows, other=0.0)
+        delta_row = tl.load(delta + row + rows, mask=rows < n_rows, other=0.0)
         raw = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee", out_dtype=dk.dtype)
         scores, unit = cap(raw, numbers, SOFTCAP)
         p = tl.exp2(scores * unit - lse_row[None, :] * LOG2E)
@@ -653,10 +672,10 @@ def slope(scores, numbers):
     return 1 - (scores / softcap) * (scores / softcap)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def backward_q_kernel(
     q, k, v, grad_out, lse, delta,
-    q_strides, k_strides, v_strides, grad_out_strides, row_strides,
+    q_strides, k_strides, v_strides, grad_out_strides, row_batch, row_head,
     grad_q, grad_strides,
     cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k,
     scale, softcap, left, right,
@@ -674,8 +693,7 @@ def backward_q_kernel(
         return
     q = locate(q, q_strides, batch, first_q + start, head)
     grad_out = locate(grad_out, grad_out_strides, batch, first_q + start, head)
-    lse = locate(lse, row_strides, batch, first_q + start, head)
-    delta = locate(delta, row_strides, batch, first_q + start, head)
+    row = batch * row_batch + head * row_head + first_q + start
     k = locate(k, k_strides, batch, first_k, head // GROUP)
     v = locate(v, v_strides, batch, first_k, head // GROUP)
 
@@ -683,8 +701,8 @@ def backward_q_kernel(
     rows = tl.arange(0, BLOCK_Q)
     q_tile = load_tile(q, q_strides[1], n_rows, BLOCK_Q, HEADDIM, BLOCK_D, False)
     do_tile = load_tile(grad_out, grad_out_strides[1], n_rows, BLOCK_Q, HEADDIM, BLOCK_D, False)
-    lse_row = tl.load(lse + rows * row_strides[1], mask=rows < n_rows, other=0.0)
-    delta_row = tl.load(delta + rows * row_strides[1], mask=rows < n_rows, other=0.0)
+    lse_row = tl.load(lse + row + rows, mask=rows < n_rows, other=0.0)
+    delta_row = tl.load(delta + row + rows, mask=rows < n_rows, other=0.0)
     dq = tl.zeros((BLOCK_Q, BLOCK_D), delta.dtype.element_ty)
 
     shift = seqlen_k - seqlen_q

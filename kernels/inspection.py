@@ -120,7 +120,9 @@ def inspect(jobs: Iterable[Job], cache: Path = CACHE) -> list[Report]:
     if missing:
         cache.mkdir(parents=True, exist_ok=True)
         for file, report in zip(missing, _compile_in_child(list(missing.values())), strict=True):
-            file.write_text(json.dumps(report))
+            unfinished = file.with_suffix(f".{os.getpid()}")  # two processes may be here at the same time
+            unfinished.write_text(json.dumps(report))
+            unfinished.replace(file)
     return [Report(**json.loads(file.read_text())) for file in files]
 
 

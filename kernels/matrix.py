@@ -28,6 +28,8 @@ def flash_attention(
     causal: bool = True,
     window: bool = False,
     softcap: bool = False,
+    group: int = 1,
+    ragged: bool = False,
     every: bool = False,
 ) -> dict[str, Job]:
     """Forward and backward, as a call with contiguous tensors compiles them.
@@ -35,35 +37,39 @@ def flash_attention(
     Args:
         target: one of `kernels.targets`.
         headdims, dtype, causal, window, softcap: of the call.
+        group: query heads that share a KV head.
+        ragged: sequences one behind the other, found by cu_seqlens.
         every: all candidates of `kernels.tuning` instead of the first choice.
     """
     jobs = {}
     for kernel in tuning.KERNELS:
         for headdim in headdims:
-            configs = tuning.candidates(kernel, headdim, dtype, target)
+            configs = tuning.candidates(kernel, headdim, dtype, target, window)
             for config in configs if every else configs[:1]:
                 sizes = config.keywords()
                 warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
                 flags = dict(LEFT=window, RIGHT=causal or window, SOFTCAP=softcap)
-                constants = dict(GROUP=1, HEADDIM=headdim, BLOCK_D=tuning.padded(headdim), **flags, **sizes)
+                constants = dict(GROUP=group, HEADDIM=headdim, BLOCK_D=tuning.padded(headdim), **flags, **sizes)
                 name = f"{kernel} d={headdim} " + "{}×{} {}w {}s".format(*config)
-                signature = flash_attention_signature(kernel, HALVES.get(dtype, "fp32"))
+                signature = flash_attention_signature(kernel, HALVES.get(dtype, "fp32"), ragged)
                 where = f"kernels.flash_attention:{kernel}_kernel"
                 jobs[name] = Job(where, signature, constants, target, warps, stages)
     return jobs
 
 
-def flash_attention_signature(kernel: str, dtype: str) -> dict:
+def flash_attention_signature(kernel: str, dtype: str, ragged: bool = False) -> dict:
     """Types of the arguments: contiguous tensors, so that addresses and strides are divisible by 16."""
-    tensor, row, strides, row_strides = f"*{dtype}:16", "*fp32:16", ["i32:16"] * 3, ["i32", "1", "i32"]
-    lengths = {"cu_seqlens_q": "None", "cu_seqlens_k": "None", "seqlen_q": "i32", "seqlen_k": "i32"}
+    tensor, row, strides = f"*{dtype}:16", "*fp32:16", ["i32:16"] * 3
+    row_strides = {"row_batch": "i32", "row_head": "i32"}
+    cu_seqlens = "*i32:16" if ragged else "None"
+    lengths = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "seqlen_q": "i32", "seqlen_k": "i32"}
     mask = {"scale": "fp32", "softcap": "fp32", "left": "i32", "right": "i32"}
     if kernel == "forward":
         tensors = dict.fromkeys(("q", "k", "v", "out"), tensor) | {"lse": row}
-        steps = {f"{name}_strides": strides for name in ("q", "k", "v", "out")} | {"lse_strides": row_strides}
+        steps = {f"{name}_strides": strides for name in ("q", "k", "v", "out")} | row_strides
         return tensors | steps | lengths | mask
     tensors = dict.fromkeys(("q", "k", "v", "grad_out"), tensor) | {"lse": row, "delta": row}
-    steps = {f"{name}_strides": strides for name in ("q", "k", "v", "grad_out")} | {"row_strides": row_strides}
+    steps = {f"{name}_strides": strides for name in ("q", "k", "v", "grad_out")} | row_strides
     outputs = ("grad_k", "grad_v") if kernel == "backward_kv" else ("grad_q",)
     return tensors | steps | dict.fromkeys(outputs, tensor) | {"grad_strides": strides} | lengths | mask
 
@@ -74,7 +80,25 @@ def hopper(target: str) -> dict[str, Job]:
     return {f"{rung} d={headdim}": job for (rung, headdim), job in jobs.items()}
 
 
-KERNELS: dict[str, Callable[[str], dict[str, Job]]] = {"flash_attention": flash_attention, "hopper": hopper}
+def flash_attention_hard(target: str) -> dict[str, Job]:
+    """Calls that need more registers: GQA, ragged batches, padded dimensions, windows, soft caps."""
+    calls: dict[str, dict] = {
+        "GQA": dict(group=4),
+        "GQA ragged": dict(group=4, ragged=True, headdims=(64, 96, 128, 256)),
+        "ragged": dict(ragged=True),
+        "window": dict(causal=False, window=True, headdims=(64, 96, 128, 256)),
+        "softcap": dict(softcap=True, headdims=(128,)),
+        "fp16 full": dict(causal=False, dtype=torch.float16),
+    }
+    found = {call: flash_attention(target, **options) for call, options in calls.items()}
+    return {f"{name} {call}": job for call, jobs in found.items() for name, job in jobs.items()}
+
+
+KERNELS: dict[str, Callable[[str], dict[str, Job]]] = {
+    "flash_attention": flash_attention,
+    "flash_attention*": flash_attention_hard,
+    "hopper": hopper,
+}
 
 
 def main() -> None:
@@ -86,7 +110,7 @@ def main() -> None:
         for family, jobs_for in KERNELS.items():
             jobs = jobs_for(target)
             for (name, job), report in zip(jobs.items(), inspect(jobs.values()), strict=True):
-                print(f"{target:7} {family:16} {name:32} {line(job, report)}", flush=True)
+                print(f"{target:7} {family:16} {name:42} {line(job, report)}", flush=True)
 
 
 def line(job: Job, report: Report) -> str:

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from kernels.targets import target_of
+
 if TYPE_CHECKING:
     from triton.runtime.interpreter import InterpretedFunction
 
 COMPILE_ONLY = "KERNELS_COMPILE_ONLY"  # set by `kernels.inspection` for the child process that compiles
-OLDEST_CAPABILITY = (8, 0)  # below it Triton emits no tensor-core instruction for our tiles, and takes 48 s to compile
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,12 @@ def triton_mode() -> TritonMode:
         return TritonMode("interpreter", "TRITON_INTERPRET=1 is set")
     if not torch.cuda.is_available():
         return TritonMode("interpreter", "no CUDA device")
-    major, minor = torch.cuda.get_device_capability()
-    if (major, minor) < OLDEST_CAPABILITY:
-        return TritonMode("interpreter", f"the GPU is sm_{major}{minor}, and the kernels need sm_80 or newer")
-    return TritonMode("gpu", f"{torch.cuda.get_device_name()}, sm_{major}{minor}")
+    capability = torch.cuda.get_device_capability()
+    try:
+        target_of(capability)
+    except ValueError as error:
+        return TritonMode("interpreter", f"the GPU is none that the kernels know: {error}")
+    return TritonMode("gpu", "{}, sm_{}{}".format(torch.cuda.get_device_name(), *capability))
 
 
 @cache

@@ -52,13 +52,19 @@ def padded(headdim: int) -> int:
     return max(16, 1 << (headdim - 1).bit_length())
 
 
-# The interpreter runs programs one after another: few large tiles are fast. It does not know warps and stages.
-INTERPRETER = Config(128, 64, 4, 1)
-# fp32 without TF32 has no tensor cores, and its products are unrolled into single instructions: small tiles.
-FULL_PRECISION = [Config(32, 32, 4, 1), Config(16, 16, 4, 1)]
+# The interpreter runs operations one after another, and a large one costs little more than a small one: large tiles,
+# though more than one of them where heads are small. It does not know warps and stages.
+INTERPRETER, INTERPRETER_WIDE = Config(128, 64, 4, 1), Config(256, 128, 4, 1)
+# fp32 without TF32 has no tensor cores, and its products are unrolled into single instructions: small tiles, or they
+# spill, and take minutes to compile. By padded headdim.
+FULL_PRECISION = {
+    64: [Config(32, 32, 4, 1), Config(16, 16, 4, 1)],
+    128: [Config(16, 16, 4, 1)],
+    256: [Config(16, 16, 8, 1)],
+}
 
 
-def candidates(kernel: str, headdim: int, dtype: torch.dtype, target: str) -> list[Config]:
+def candidates(kernel: str, headdim: int, dtype: torch.dtype, target: str, window: bool = False) -> list[Config]:
     """The configurations for a kernel, the first choice first, less those that need too much shared memory.
 
     Args:
@@ -66,23 +72,29 @@ def candidates(kernel: str, headdim: int, dtype: torch.dtype, target: str) -> li
         headdim: of the tensors.
         dtype: fp16, bf16 or fp32.
         target: one of `kernels.targets`.
+        window: whether queries see no more than so many keys to their left.
     """
-    table = CONFIGS[TARGETS[target].instruction]
-    configs = FULL_PRECISION if dtype == torch.float32 else table[kernel][max(64, padded(headdim))]
+    instruction = TARGETS[target].instruction
+    if dtype == torch.float32:
+        configs = FULL_PRECISION[max(64, padded(headdim))]
+    else:
+        configs = CONFIGS[instruction][kernel][max(64, padded(headdim))]
+        if (window or headdim != padded(headdim)) and kernel in HALVED[instruction]:
+            configs = [config._replace(block_k=config.block_k // 2) for config in configs]
     limit = TARGETS[target].shared_kib * 1024
     return [config for config in configs if config.shared_bytes(kernel, headdim, dtype.itemsize) <= limit]
 
 
-_tuned: dict[tuple[str, int, torch.dtype], Config] = {}
+_tuned: dict[tuple[str, int, torch.dtype, bool], Config] = {}
 
 
-def choice(kernel: str, headdim: int, dtype: torch.dtype) -> Config:
+def choice(kernel: str, headdim: int, dtype: torch.dtype, window: bool = False) -> Config:
     """The configuration in use for a kernel on this machine: the tuned one, else the first candidate."""
-    if (kernel, headdim, dtype) in _tuned:
-        return _tuned[kernel, headdim, dtype]
+    if (kernel, headdim, dtype, window) in _tuned:
+        return _tuned[kernel, headdim, dtype, window]
     if MODE.name == "interpreter":
-        return INTERPRETER
-    return candidates(kernel, headdim, dtype, _this_gpu())[0]
+        return INTERPRETER if headdim < 128 else INTERPRETER_WIDE
+    return candidates(kernel, headdim, dtype, this_gpu(), window)[0]
 
 
 def chosen(headdim: int, dtype: torch.dtype) -> dict[str, str]:
@@ -92,46 +104,52 @@ def chosen(headdim: int, dtype: torch.dtype) -> dict[str, str]:
 
 @contextmanager
 def using(kernel: str, headdim: int, dtype: torch.dtype, config: Config) -> Iterator[None]:
-    """Takes a configuration for as long as the block lasts."""
-    before = _tuned.get((kernel, headdim, dtype))
-    _tuned[kernel, headdim, dtype] = config
+    """Takes a configuration for as long as the block lasts, with a window and without."""
+    before = dict(_tuned)
+    _tuned.update({(kernel, headdim, dtype, window): config for window in (False, True)})
     try:
         yield
     finally:
-        del _tuned[kernel, headdim, dtype]
-        if before is not None:
-            _tuned[kernel, headdim, dtype] = before
+        _tuned.clear()
+        _tuned.update(before)
 
 
 def tune(kernel: str, headdim: int, dtype: torch.dtype, run: Callable[[], object]) -> Config:
-    """Times every candidate on this GPU and keeps the fastest for all later calls. The interpreter has only one.
+    """Times every candidate on this GPU and keeps the fastest for all later calls without a window.
+
+    The interpreter has only one.
 
     Args:
         kernel, headdim, dtype: as in `candidates`.
         run: a call that uses the kernel.
     """
     if MODE.name == "interpreter":
-        return INTERPRETER
+        return choice(kernel, headdim, dtype)
     from triton.testing import do_bench
 
     def milliseconds(config: Config) -> float:
         with using(kernel, headdim, dtype, config):
             return do_bench(run, warmup=10, rep=40, return_mode="median")
 
-    found = candidates(kernel, headdim, dtype, _this_gpu())
-    _tuned[kernel, headdim, dtype] = min(found, key=milliseconds)
-    return _tuned[kernel, headdim, dtype]
+    found = candidates(kernel, headdim, dtype, this_gpu())
+    fastest = min(found, key=milliseconds)
+    _tuned[kernel, headdim, dtype, False] = fastest
+    return fastest
 
 
-def _this_gpu() -> str:
+def this_gpu() -> str:
     return target_of(torch.cuda.get_device_capability())
 
 
 KERNELS = ("forward", "backward_kv", "backward_q")
 
+# The mask of a window's left end, and that of dimensions which fill a headdim up to a power of two, need registers as
+# well: in these kernels the tile of keys is then half as large, so that nothing spills.
+HALVED = {"mma.sync": (), "wgmma": ("forward", "backward_q"), "tcgen05": ("backward_q",)}
+
 # By tensor-core instruction, kernel and padded headdim. The tile that stays is as large as the registers let it be
-# (the accumulator is there), the tiles that come by as large as shared memory then allows. `make compile-matrix`
-# checks that none of them spills; which is the fastest only a GPU can tell.
+# (the accumulator is there), the tiles that come by as large as shared memory then allows. The first choices spill
+# nothing for sm_80, sm_90 and sm_100 (tests/kernels/test_inspection.py); which is the fastest only a GPU can tell.
 CONFIGS: dict[str, dict[str, dict[int, list[Config]]]] = {
     "mma.sync": {
         "forward": {

@@ -1,20 +1,37 @@
 """What the compiler makes of the kernels, for GPUs that are not here. The reports are kept: a second run is quick."""
 
 import dataclasses
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 from kernels import matrix, tuning
 from kernels.inspection import Job, Report, inspect
 from kernels.targets import TARGETS, target_of
 
+ROOT = Path(__file__).resolve().parents[2]
 COMPILED = ("sm_80", "sm_90", "sm_100")  # the other targets: make compile-matrix
 
 
 def shipped(target, **call):
     jobs = matrix.flash_attention(target, **call)
     return [(name, job, report) for (name, job), report in zip(jobs.items(), inspect(jobs.values()), strict=True)]
+
+
+PINNED = next(
+    line.split("==")[1] for line in (ROOT / "constraints.txt").read_text().split() if line.startswith("triton==")
+)
+
+
+def assert_no_spill(name, report):
+    """How many registers are needed is the compiler's affair: another Triton's few bytes are told, and no failure."""
+    if triton.__version__ == PINNED:
+        assert report.spilled_bytes == 0, f"{name}: {report.spilled_bytes} bytes spilled"
+    elif report.spilled_bytes:
+        warnings.warn(f"Triton {triton.__version__} spills {report.spilled_bytes} bytes in {name}", stacklevel=2)
 
 
 # No wgmma tile holds dK and dV of 256 columns in registers: this one kernel multiplies with mma.sync on Hopper.
@@ -26,14 +43,37 @@ def test_shipped_kernels_use_the_tensor_cores_and_spill_nothing(target):
     for name, job, report in shipped(target):
         assert not report.failure
         assert list(report.instructions) == [EXCEPTIONS.get((target, name), TARGETS[target].instruction)], name
-        assert report.spilled_bytes == 0, f"{name}: {report.spilled_bytes} bytes spilled"
+        assert_no_spill(name, report)
         assert 0 < report.registers <= 255 and report.async_copies > 0 and report.occupancy(job) > 0
 
 
+# What asks for more registers than a plain causal call: heads that share keys, sequences that are looked up, dimensions
+# that are padded, a window's left end. (`make compile-matrix` has more of them; each takes two seconds to compile.)
+HARD_CALLS = {
+    "GQA, ragged": dict(group=4, ragged=True, headdims=(128, 256)),
+    "GQA, ragged, padded dimensions, fp16": dict(group=4, ragged=True, headdims=(96,), dtype=torch.float16),
+    "window": dict(window=True, causal=False, headdims=(64, 128)),
+}
+
+
+@pytest.mark.parametrize("call", HARD_CALLS)
+@pytest.mark.parametrize("target", COMPILED)
+def test_no_kind_of_call_in_half_precision_spills(target, call):
+    for name, _, report in shipped(target, **HARD_CALLS[call]):
+        assert not report.failure and report.instructions, name
+        assert_no_spill(f"{name}, {call}, {target}", report)
+
+
 def test_fp16_without_a_mask_spills_nothing_either():
-    for name, _, report in shipped("sm_90", dtype=torch.float16, causal=False):
-        assert report.instructions and report.spilled_bytes == 0, name
-        assert ".f16" in report.example
+    for name, _, report in shipped("sm_90", dtype=torch.float16, causal=False, headdims=(128,)):
+        assert report.instructions and ".f16" in report.example
+        assert_no_spill(name, report)
+
+
+def test_fp32_spills_nothing_and_is_compiled_in_seconds():
+    for name, _, report in shipped("sm_90", dtype=torch.float32, headdims=(64, 128)):
+        assert not report.failure and not report.instructions, name  # "ieee": no tensor cores
+        assert_no_spill(name, report)
 
 
 @pytest.mark.parametrize("target", COMPILED)
