@@ -85,7 +85,7 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **
         ValueError: where the back end is unknown, or asked for by name and cannot do it.
     """
     if backend == "auto":
-        return _first_that_can(q, options)
+        return _first_that_can(q, options, AUTO_ORDER)
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, wants one of auto, {', '.join(BACKENDS)}")
     objection = BACKENDS[backend].objection(q, options)
@@ -94,16 +94,16 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **
     return Choice(backend, "asked for by name", {})
 
 
-def _first_that_can(q: Tensor, options: dict) -> Choice:
+def _first_that_can(q: Tensor, options: dict, order: tuple[str, ...]) -> Choice:
     passed_over: dict[str, str] = {}
-    for name in AUTO_ORDER:
+    for name in order:
         objection = BACKENDS[name].objection(q, options)
         if objection is None:
             objection = BACKENDS[name].reluctance(q)
         if objection is None:
             return Choice(name, BACKENDS[name].strength, passed_over)
         passed_over[name] = objection
-    raise AssertionError(f"the last of {AUTO_ORDER} does everything")
+    raise AssertionError(f"the last of {order} does everything")
 
 
 def sdpa_attention(
@@ -155,13 +155,20 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = Fals
 
 
 def triton_attention_varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, return_lse: bool = False, **options
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    longest: tuple[int, int],
+    *,
+    return_lse: bool = False,
+    **options,
 ) -> Any:
-    """A ragged batch in one launch."""
+    """A ragged batch in one launch; `longest` are the lengths of the longest sequences of q and of k."""
     from kernels.flash_attention import Ragged
     from kernels.flash_attention import flash_attention as kernel
 
-    longest = [max(cu_seqlens.diff().tolist(), default=0) for cu_seqlens in (cu_seqlens_q, cu_seqlens_k)]
     out, lse = kernel(q, k, v, Ragged(cu_seqlens_q, cu_seqlens_k, *longest), **options)
     return (out, lse) if return_lse else out
 
@@ -194,7 +201,8 @@ class Backend:
         run: called like `attention`.
         strength: why "auto" takes it.
         objection: what it cannot do, None where it can; holds for a call by name, too.
-        run_varlen: called like `attention_varlen`, where it takes a ragged batch in one piece.
+        run_varlen: called like `attention_varlen`, and with the lengths of the longest sequences of q and of k, where
+            it takes a ragged batch in one piece.
         reluctance: why "auto" should pass it over although it can.
     """
 
@@ -218,6 +226,7 @@ BACKENDS = {
     ),
 }
 AUTO_ORDER = ("sdpa", "triton", "tiled")
+AUTO_ORDER_VARLEN = ("triton", "sdpa", "tiled")  # one launch, where the others have one for each sequence
 
 
 def attention_varlen(
@@ -237,7 +246,8 @@ def attention_varlen(
         q: (total_q, nheads, headdim).
         k, v: (total_k, nheads_k, headdim).
         cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32; sequence i holds rows cu_seqlens[i] … cu_seqlens[i + 1] - 1.
-        return_lse, backend, options: as in `attention`.
+        return_lse, backend, options: as in `attention`; on a GPU "auto" tries the Triton kernel first: one
+            launch for all sequences.
 
     Returns:
         out like q; with `return_lse`, (out, lse), lse (nheads, total_q), natural log.
@@ -253,9 +263,13 @@ def attention_varlen(
     if len(bounds_q) != len(bounds_k):
         raise ValueError(f"cu_seqlens_q has {len(bounds_q)} entries, cu_seqlens_k {len(bounds_k)}: they must agree")
     options["return_lse"] = return_lse
-    name = choose_backend(q[None], k[None], v[None], backend=backend, **options).name
+    if backend == "auto":
+        name = _first_that_can(q[None], options, AUTO_ORDER_VARLEN).name
+    else:
+        name = choose_backend(q[None], k[None], v[None], backend=backend, **options).name
     if run := BACKENDS[name].run_varlen:
-        return run(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
+        longest = [max((end - start for start, end in _pairs(bounds)), default=0) for bounds in (bounds_q, bounds_k)]
+        return run(q, k, v, cu_seqlens_q, cu_seqlens_k, longest, **options)
     results = [
         attention(q[None, a:b], k[None, c:d], v[None, c:d], backend=backend, **options)
         for (a, b), (c, d) in zip(_pairs(bounds_q), _pairs(bounds_k), strict=True)

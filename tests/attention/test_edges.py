@@ -1,5 +1,6 @@
 """Inputs that catch: lengths 0 and 1, rows that see nothing, strides, ragged batches, and bad arguments."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ from kernels.runtime import prepare
 from minillm.attention import (
     attention,
     attention_varlen,
+    backends,
     choose_backend,
     flash_attention,
     naive_attention,
@@ -118,6 +120,23 @@ def test_a_ragged_batch_returns_its_lse_as_heads_by_rows():
     expected = naive_attention(q[None, 2:], k[None, 2:], v[None, 2:], return_lse=True)[1][0]
     assert (out.shape, lse.shape) == ((6, 4, 8), (4, 6))
     torch.testing.assert_close(lse[:, 2:], expected)
+
+
+def test_on_a_gpu_a_ragged_batch_is_one_launch_of_the_triton_kernel(monkeypatch):
+    """SDPA comes first for a padded batch, but has one launch for each sequence of a ragged one."""
+    launches = []
+    there = replace(
+        backends.BACKENDS["triton"],
+        objection=lambda q, options: None,
+        reluctance=lambda q: None,
+        run_varlen=lambda *arguments, **options: launches.append(arguments[-1]),
+    )
+    monkeypatch.setitem(backends.BACKENDS, "triton", there)
+    q, k, v = (x[0] for x in random_qkv((6, 7), (4, 2), 8))
+    bounds_q, bounds_k = (torch.tensor(bounds, dtype=torch.int32) for bounds in ([0, 2, 6], [0, 7, 7]))
+    attention_varlen(q, k, v, bounds_q, bounds_k, causal=True)
+    assert launches == [[4, 7]]  # the longest sequences
+    assert choose_backend(q[None], k[None], v[None]).name == "sdpa"
 
 
 def test_which_back_end_runs_and_why_can_be_asked():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kernels.runtime import prepare
 from minillm.attention import register_with_transformers
 
 transformers = pytest.importorskip("transformers", reason="no transformers: our attention was not tried inside a model")
@@ -46,7 +47,10 @@ def assert_same_logits(theirs, ours, mask):
 
 @pytest.mark.parametrize("backend", ["auto", "naive", "triton"])
 def test_a_llama_with_left_padding_gives_the_logits_of_its_own_sdpa(llama, backend):
-    theirs, ours = both(llama, lambda model: model(IDS, attention_mask=PADDED_LEFT).logits, backend)
+    device = "cuda" if backend == "triton" and prepare().name == "gpu" else "cpu"
+    ids, mask = IDS.to(device), PADDED_LEFT.to(device)
+    results = both(llama.to(device), lambda model: model(ids, attention_mask=mask).logits, backend)
+    theirs, ours = (logits.cpu() for logits in results)
     assert_same_logits(theirs, ours, PADDED_LEFT)
 
 
