@@ -467,8 +467,9 @@ def sequence(cu_seqlens, batch, seqlen):
 @triton.jit
 def locate(pointer, strides, batch, row, head):
     """Where a head's row begins. (2, 100, 8, 64) in one piece has strides (51200, 512, 64), so sequence 1, row 3,
-    head 2 begins 1·51200 + 3·512 + 2·64 = 52864 elements after the pointer; in 64 bits, for long rows pass 2³¹."""
-    return pointer + batch * strides[0] + tl.cast(row, tl.int64) * strides[1] + tl.cast(head, tl.int64) * strides[2]
+    head 2 begins 1·51200 + 3·512 + 2·64 = 52864 elements after the pointer."""
+    row, head = tl.cast(row, tl.int64), tl.cast(head, tl.int64)  # offsets may pass 2³¹
+    return pointer + batch * strides[0] + row * strides[1] + head * strides[2]
 
 
 @triton.jit
