@@ -309,27 +309,28 @@ def pointer_tile(rows: int = 4, heads: int = 2, headdim: int = 4, head: int = 1)
     return figure
 
 
-def rates(published: dict[str, dict[str, float]], ours: dict[str, float | None], source: str) -> Figure:
-    """Bars of TFLOP/s by method, one group a case; ours beside them, or «not measured yet».
+def rates(published: dict[str, dict[str, float]], measured: dict[str, dict[str, float]], source: str) -> Figure:
+    """Bars of TFLOP/s by method, one group a case: what others published in grey, beside it what was measured here.
 
     Args:
         published: by method, then by case.
-        ours: by case; None where there is no measurement.
+        measured: by method, then by case, as far as it was measured. Ours is the last one.
         source: of the published ones.
     """
     figure, axes = plt.subplots(figsize=(8.5, 3.4))
-    names = [*published, "ours"]
-    for i, case in enumerate(ours):
-        for j, name in enumerate(names):
+    names = [*published, *measured]
+    cases = list(next(iter(published.values())))
+    colours = [GREY] * len(published) + [METHODS[2][0]] * (len(measured) - 1) + [METHODS[1][0]]
+    for i, case in enumerate(cases):
+        for j, (name, colour) in enumerate(zip(names, colours, strict=True)):
             x = i * (len(names) + 1) + j
-            value = ours[case] if name == "ours" else published[name][case]
-            colour = METHODS[1][0] if name == "ours" else GREY
+            value = (published | measured)[name].get(case)
             axes.bar(x, value or 0, color=colour, width=0.85)
             label = f"{value:.0f}" if value else "not measured yet"
             axes.text(x, (value or 0) + 8, label, ha="center", fontsize=9, rotation=0 if value else 90, va="bottom")
-    places = [i * (len(names) + 1) + j for i in range(len(ours)) for j in range(len(names))]
-    axes.set_xticks(places, names * len(ours), rotation=30, ha="right", fontsize=9)
-    for i, case in enumerate(ours):
+    places = [i * (len(names) + 1) + j for i in range(len(cases)) for j in range(len(names))]
+    axes.set_xticks(places, names * len(cases), rotation=30, ha="right", fontsize=9)
+    for i, case in enumerate(cases):
         axes.text(i * (len(names) + 1) + (len(names) - 1) / 2, 740, case, ha="center", fontsize=10)
     axes.set(ylabel="TFLOP/s", ylim=(0, 790))
     axes.set_title(source, fontsize=9, color=GREY, loc="left")
