@@ -37,7 +37,7 @@ class Job:
     key: str
 
     def empty(self) -> Result:
-        return Result(self.student, self.slug, self.unit.name, key=self.key)
+        return Result(self.student, self.slug, self.unit.name, key=self.key, unread=self.submission.unread)
 
 
 @dataclass(frozen=True)

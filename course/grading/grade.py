@@ -119,7 +119,6 @@ def grade(
     result.date = datetime.now(UTC).isoformat(timespec="seconds")
     result.remarks = list(submission.remarks)
     if submission.file is None:
-        result.unread = submission.unread
         result.verdicts = [Verdict(item.grade_id, 0, item.points, "nothing handed in") for item in unit.items]
         return result
     result.file = submission.file.name

@@ -327,6 +327,7 @@ def _environment(home: str) -> dict[str, str]:
         "USER": "student",
         "LOGNAME": "student",
         "LANG": "C.UTF-8",
+        "PIP_NO_INDEX": "1",  # there is no network, and `%pip install` would try it for half a minute
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",

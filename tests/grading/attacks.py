@@ -238,7 +238,8 @@ ATTACKS = {
         answer="""
             def gqa_attention(q, k, v):
                 import time
-                while True: time.sleep(1)
+                while q.shape[1] == 6: time.sleep(1)
+                return q
         """,
         says="did not end within",
     ),
@@ -255,7 +256,7 @@ ATTACKS = {
         answer="""
             def gqa_attention(q, k, v):
                 import os
-                os._exit(0)
+                return os._exit(0) if q.shape[1] == 6 else q
         """,
         says="ended the process",
     ),
@@ -342,8 +343,8 @@ ATTACKS = {
     ),
 }
 
-# On unit 03: `flash_forward` is judged by what it moves too, `grad_q` by its memory.
-ON_TILING = {
+# On what is judged beside the result: traffic, memory, and the work that Triton's interpreter sees.
+ON_COUNTS = {
     "loads-everything": Attack(
         "loads all of K and V at once",
         answer="""
@@ -355,6 +356,28 @@ ON_TILING = {
                 out.store(scores.masked_fill(later, -torch.inf).softmax(-1) @ values, whole)
         """,
         says="need more than sram",
+    ),
+    "row-of-scores": Attack(
+        "the plain softmax over a row of tiles, in a buffer that was made before",
+        answer="""
+            BUFFER = torch.ones(4000 * 8500)
+            def flash_forward(q, k, v, out, block_q, block_k):
+                n, d = q.shape
+                for i in range(0, n, block_q):
+                    tile, last = q.load(slice(i, i + block_q)) / d**0.5, min(i + block_q, n)
+                    s = BUFFER[: len(tile) * last].view(len(tile), last)
+                    for j in range(0, last, block_k):
+                        keys = torch.arange(j, min(j + block_k, last))
+                        part = tile @ k.load(slice(j, min(j + block_k, last))).T
+                        s[:, j : j + block_k] = part.masked_fill(keys > torch.arange(i, last)[:, None], -torch.inf)
+                    s.sub_(s.amax(1, keepdim=True)).exp_()
+                    acc = 0
+                    for j in range(0, last, block_k):
+                        acc = acc + s[:, j : j + block_k] @ v.load(slice(j, min(j + block_k, last)))
+                    out.store(acc / s.sum(1, keepdim=True), slice(i, last))
+        """,
+        earned=6,
+        says="the scores of all keys are in memory",
     ),
     "hoards": Attack(
         "loads each tile once, keeps copies of all, and computes with those",
@@ -373,6 +396,55 @@ ON_TILING = {
         """,
         earned=6,  # the numbers are right, the traffic is not
         says="you keep copies of tiles",
+    ),
+    "idle-loads": Attack(
+        "the same, with loads that nobody uses until the traffic is as large as it must be",
+        answer="""
+            def flash_forward(q, k, v, out, block_q, block_k):
+                n = q.shape[0]
+                copy = lambda x: torch.cat([x.load(slice(i, i + block_k)).clone() for i in range(0, n, block_k)])
+                scores = copy(q) @ copy(k).T / q.shape[1] ** 0.5
+                scores.masked_fill_(torch.ones_like(scores).triu(1).bool(), -torch.inf)
+                out.store(scores.softmax(-1) @ copy(v), slice(None))
+                for i in range(block_q, n, block_q):
+                    for j in range(0, i, block_k):
+                        k.load(slice(j, j + block_k)), v.load(slice(j, j + block_k))
+        """,
+        earned=6,
+        says="the scores of all keys are in memory",
+    ),
+    "copied-keys": Attack(
+        "copies all keys and values in one pass, and has them for as many as it likes",
+        answer="""
+            def one_pass_attention(q, k, v, block):
+                copy = lambda x: torch.cat([x.load(slice(i, i + block)).clone() for i in range(0, x.shape[0], block)])
+                keys, values = copy(k), copy(v)
+                rows = [row @ keys.T / q.shape[1] ** 0.5 for row in q]
+                outs = [scores.softmax(-1) @ values for scores in rows]
+                return torch.stack(outs), torch.stack([scores.logsumexp(-1) for scores in rows])
+        """,
+        earned=6,
+        says="copies, of all keys are in memory",
+    ),
+    "torch-in-the-loop": Attack(
+        "a Triton function that computes in NumPy, and nothing in Triton",
+        answer="""
+            import numpy as np
+            @triton.jit
+            def forward_loop(acc, m, l, q_tile, last, k, v, stop, n_k, scale, D: tl.constexpr, BLOCK: tl.constexpr):
+                return at_once(acc, m, l, q_tile, last, k, v, n_k)
+            def at_once(acc, m, l, q_tile, last, k, v, n_k):
+                rows = int(n_k.handle.data[0])
+                floats = np.ctypeslib.ctypes.c_float * (rows * 16)
+                read = lambda x: np.ctypeslib.as_array(floats.from_address(int(x.handle.data[0]))).reshape(-1, 16)
+                scores = q_tile.handle.data @ read(k).T / 4
+                scores[np.arange(rows) > last.handle.data[:, None]] = -np.inf
+                top = scores.max(1)
+                p = np.exp(scores - top[:, None])
+                acc.handle.data, m.handle.data, l.handle.data = p @ read(v), top, p.sum(1)
+                return acc, m, l
+        """,
+        says="tl.load and tl.dot must do the work",
     ),
     "forged-free": Attack(
         "keeps all tiles, and tells the grader that it has let go of them",
@@ -400,22 +472,26 @@ ON_TILING = {
         answer="""
             def flash_forward(q, k, v, out, block_q, block_k):
                 for message in ({"load": 7, "index": {"tuple": []}}, {"load": 0, "index": {"list": [1, True]}}):
-                    q._remote.ask(message, [])
+                    if q.shape[0] > 300:
+                        q._remote.ask(message, [])
         """,
         says="a tensor that it was not given",
     ),
     "buffer-before": Attack(
-        "makes the large buffer before it is measured",
+        "keeps what is visible of all probabilities, in half precision, in a buffer made before it is measured",
         answer="""
-            BUFFER = torch.ones(9000 * 9000)
+            BUFFER = torch.ones(9000 * 9100 // 2, dtype=torch.half)
             def grad_q(q, k, v, out, lse, grad_out, block_q, block_k):
                 n, scale = len(q), q.shape[1] ** -0.5
-                p = BUFFER[: n * n].view(n, n)
-                torch.matmul(q, k.T, out=p)
-                p.mul_(scale).sub_(lse[:, None]).exp_().tril_()
-                delta = (grad_out * out).sum(-1, keepdim=True)
-                rows = [slice(i, i + 200) for i in range(0, n, 200)]
-                return torch.cat([(p[r] * (grad_out[r] @ v.T - delta[r])) @ k * scale for r in rows])
+                delta, place, kept = (grad_out * out).sum(-1, keepdim=True), 0, []
+                for i in range(0, n, 100):
+                    p = (q[i : i + 100] @ k[: i + 100].T * scale - lse[i : i + 100, None]).exp().tril(i)
+                    kept.append(BUFFER[place : place + p.numel()].view(p.shape).copy_(p) if n > 1000 else p)
+                    place += p.numel()
+                for i, p in zip(range(0, n, 100), kept):
+                    rows, seen = slice(i, i + 100), slice(p.shape[1])
+                    kept[i // 100] = p.float() * (grad_out[rows] @ v[seen].T - delta[rows]) @ k[seen] * scale
+                return torch.cat(kept)
         """,
         earned=3,
         says="probabilities of the whole sequence",

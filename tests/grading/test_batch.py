@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from course.grading import __main__ as command
-from course.grading import batch, gradebook
+from course.grading import batch, gradebook, report, sandbox
 from course.grading.__main__ import DONE, REFUSED, SOME_NOT, STOPPED, main
 from course.grading.feedback import annotated, to_html
 from course.grading.grade import Result, Verdict
@@ -64,6 +64,7 @@ class Course:
 
 def content(job: batch.Job) -> Result:
     result = job.empty()
+    result.remarks = list(job.submission.remarks)
     if file := job.submission.file:
         result.state, result.date, result.file = "graded", "2026-01-01T00:00:00+00:00", file.name
         result.cells = [
@@ -88,6 +89,8 @@ def course(tmp_path, monkeypatch) -> Course:
     monkeypatch.setenv("MINILLM_PROGRESS", str(tmp_path / "progress.json"))
     # nbgrader starts a program that tells this, for seconds, with each new gradebook.
     monkeypatch.setattr("nbgrader.api.get_alembic_version", lambda: "for a test")
+    page_of = report.to_html  # a third of a second each: only a person's comment is looked for in one
+    monkeypatch.setattr(report, "to_html", lambda page, result: page_of(page, result) if result.comments else "")
     return course
 
 
@@ -110,6 +113,34 @@ def test_more_time_or_a_change_of_the_grader_grades_all_again(course, monkeypatc
     monkeypatch.setattr(batch, "grader_hash", lambda: "another")
     course.grade("--seconds", "40")
     assert course.graded == ["ann"]
+
+
+def test_another_triton_is_another_grader(monkeypatch):
+    monkeypatch.setattr(batch, "_version", lambda package: f"{package} 99")
+    assert batch.grader_hash.__wrapped__() != batch.grader_hash()
+
+
+def test_a_sandbox_asks_for_no_more_than_its_grader_may_have(monkeypatch):
+    monkeypatch.setattr(sandbox.resource, "getrlimit", lambda _: (1 << 33, 1 << 33))
+    assert f"--as={1 << 33}" in sandbox._prlimit(sandbox.Limits())
+
+
+def test_see_remarks_means_that_something_could_not_be_read(course, capsys):
+    course.hand_in("ann")
+    course.hand_in("ben")
+    save("", course.submitted / "ben" / "homework.ipynb")
+    save("", course.submitted / "eve" / "homework.ipynb")
+    course.grade("--unit", "")
+    rows = course.rows()
+    assert {name: row["state"] for name, row in rows.items()} == {
+        "ann": "graded",
+        "ben": "see remarks",
+        "eve": "see remarks",
+    }
+    assert rows["ann"]["remarks"].count("not handed in") == 1 and "05_triton" in rows["ann"]["remarks"]
+    assert "homework.ipynb: is empty" in rows["eve"]["remarks"]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ann: ")]
+    assert line.count("not handed in") == 1 and "no notebook" not in line
 
 
 def test_a_run_that_was_stopped_shows_no_scores_and_goes_on_where_it_was(course):
@@ -240,9 +271,7 @@ def test_what_cannot_be_done_is_refused_with_the_cure(course, monkeypatch, capsy
     options = ["--unit", "99"]
     if case == "no bubblewrap":
         said, options = "sudo apt install bubblewrap", []
-        monkeypatch.setattr(
-            command, "find_bubblewrap", __import__("course.grading.sandbox").grading.sandbox.find_bubblewrap
-        )
+        monkeypatch.setattr(command, "find_bubblewrap", sandbox.find_bubblewrap)
         monkeypatch.setenv("PATH", "/nowhere")
     if case == "no folder":
         said, options, course.submitted = "No such file", [], course.submitted / "not" / "here"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
-from course.grading.grade import Result, grade
+from course.grading.grade import MAX_ANSWER, Result, grade
+from course.grading.remote import StudentProcess
 from course.grading.submission import choose, find_students
 from course.grading.unit import Unit, find_units
-from tests.grading.notebooks import WRONG, handed_in, needs_bubblewrap, save
+from tests.grading.notebooks import WRONG, grade_id, handed_in, needs_bubblewrap, save
 
-pytestmark = needs_bubblewrap
 UNITS = find_units()
 
 
@@ -21,6 +22,7 @@ def graded(notebook: dict, unit: Unit, folder, seed: int | None = None) -> Resul
     return grade(Result("ann", "ann", unit.name), unit, choose(student, UNITS)[unit.name], seed)
 
 
+@needs_bubblewrap
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
 def test_a_units_own_solution_earns_all_that_a_test_gives(unit, tmp_path):
     result = graded(json.loads(json.dumps(unit.solution)), unit, tmp_path)
@@ -29,10 +31,35 @@ def test_a_units_own_solution_earns_all_that_a_test_gives(unit, tmp_path):
     assert [v.grade_id for v in result.verdicts if v.points is None] == [text.grade_id for text in unit.texts]
 
 
-def test_a_seed_repeats_a_grading_and_another_one_does_not(tmp_path):
+class Here(StudentProcess):
+    """A student's process that is none: the function is called here."""
+
+    def run(self) -> None:
+        self.candidates = {name: [0] for name in self.wanted}
+
+    def function(self, name: str, candidate: int | None = None) -> Any:
+        def same(q: Any, k: Any, v: Any) -> Any:
+            return q
+
+        same.__name__ = name
+        return same
+
+
+def test_a_seed_repeats_a_grading_and_another_one_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr("course.grading.grade.StudentProcess", Here)
     words = []
     for seed in (1, 1, 2):
         result = graded(handed_in(WRONG), UNITS[0], tmp_path, seed)
         assert result.seed == seed
         words.append([verdict.words for verdict in result.verdicts])
     assert words[0] == words[1] != words[2]
+
+
+def test_an_answer_in_words_is_cut_where_its_page_would_take_minutes(tmp_path, monkeypatch):
+    monkeypatch.setattr("course.grading.grade.StudentProcess", Here)
+    notebook = handed_in(WRONG)
+    (question,) = [cell for cell in notebook["cells"] if grade_id(cell) == UNITS[0].texts[0].grade_id]
+    question["source"] = "![x" * MAX_ANSWER
+    result = graded(notebook, UNITS[0], tmp_path)
+    assert len(result.answers[grade_id(question)]) == MAX_ANSWER
+    assert "cut to 20,000 of 60,000 characters" in result.remarks[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +13,18 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from course.grading import report
 from course.grading.__main__ import DONE, main
-from course.grading.submission import MAX_FILE, Submission, choose, find_students, slug, text_answer
+from course.grading.submission import (
+    MAX_ENTRIES,
+    MAX_FILE,
+    Submission,
+    choose,
+    find_students,
+    slug,
+    text_answer,
+    to_run,
+)
 from course.grading.unit import find_units
 from tests.grading.notebooks import (
     FUNCTION,
@@ -71,32 +82,30 @@ PLACEHOLDER = next(cell["source"] for cell in released()["cells"] if grade_id(ce
 # How it came back, and what its tests are worth.
 RETURNED: dict[str, tuple[Callable[[], Notebook], float]] = {
     "as handed out": (released, 0),
-    "the answer twice, an older try and the empty cell below it": (
-        lambda: handed_in(RIGHT, after=[RIGHT, WRONG, PLACEHOLDER]),
+    "the old notebook format, the answer twice, an older try and the empty cell below it": (
+        lambda: in_format_3(handed_in(RIGHT, after=[RIGHT, WRONG, PLACEHOLDER])),
         POINTS,
     ),
-    "all cells in reverse, a helper below its use, the tests deleted": (
-        lambda: backwards(without_tests(handed_in(WITH_HELPER, before=[HELPER]))),
+    "saved by Colab, metadata gone, all cells in reverse, a helper below its use, no tests": (
+        lambda: by_colab(backwards(without_tests(handed_in(WITH_HELPER, before=[HELPER])))),
         POINTS,
     ),
-    "metadata and ids gone": (lambda: without_metadata(handed_in(RIGHT)), POINTS),
-    "saved by Colab": (lambda: by_colab(handed_in(RIGHT)), POINTS),
     "the answer in a cell of its own, magics, shell commands, a cell in Python 2": (
         lambda: handed_in(PLACEHOLDER, before=["print 'hello'", MAGICS, "%%time\nimport torch\n" + RIGHT]),
         POINTS,
     ),
-    "the old notebook format": (lambda: in_format_3(handed_in(RIGHT)), POINTS),
     "an answer in Python 2": (lambda: handed_in(RIGHT + "    print 'done'\n"), 0),
     "a name that is not the task's": (lambda: handed_in(RIGHT.replace(FUNCTION, "my_attention")), 0),
 }
 
 
 @needs_bubblewrap
-def test_a_right_answer_keeps_its_points_however_the_notebook_comes_back(tmp_path, capsys):
+def test_a_right_answer_keeps_its_points_however_the_notebook_comes_back(tmp_path, monkeypatch, capsys):
     submitted, grades = tmp_path / "submitted", tmp_path / "grades"
     for name, (notebook, _) in RETURNED.items():
         save(notebook(), submitted / name / "homework (1).ipynb")
-    assert main([str(submitted), "--unit", "01", "--grades", str(grades)]) == DONE
+    monkeypatch.setattr(report, "to_html", lambda *_: "")
+    assert main([str(submitted), "--unit", "01", "--grades", str(grades), "--jobs", "1"]) == DONE
     results = read_results(grades)
     table = Table("came back", "points", title="Notebooks as they come back")
     for name in RETURNED:
@@ -178,6 +187,38 @@ def test_links_and_special_files_are_not_opened(tmp_path):
     assert submission.file is None
     said = "\n".join(submission.remarks)
     assert "link.ipynb: is a link" in said and "pipe.ipynb: is no ordinary file" in said and "folder: is a link" in said
+
+
+def test_folders_count_among_the_entries_and_those_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    folder = tmp_path / "student"
+    save(handed_in(RIGHT), folder / "a.ipynb")
+    (folder / "locked").mkdir()
+    scandir = os.scandir
+
+    def refuse(path: Path) -> Any:
+        if path.name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refuse)
+        (student,) = find_students(tmp_path)
+        assert [(file.name, file.problem) for file in student.files if file.problem] == [
+            ("locked/", "cannot be read: Permission denied")
+        ]
+        assert chosen(tmp_path).file
+    for number in range(MAX_ENTRIES):
+        (folder / f"folder-{number}").mkdir()
+    (student,) = find_students(tmp_path)
+    assert student.files[-1].problem == f"more than {MAX_ENTRIES} files and folders: the rest was not looked at"
+
+
+def test_a_cell_that_takes_long_to_parse_does_not_hold_up_the_class(tmp_path):
+    save(handed_in(RIGHT, before=['f"' + "{a}" * 60_000 + '"']), tmp_path / "student" / "unit.ipynb")
+    start = time.monotonic()
+    submission = chosen(tmp_path)
+    assert submission.file and len(to_run(submission.file, unit())) == 2
+    assert time.monotonic() - start < 5  # it was 18 on a quiet machine
 
 
 def test_a_students_name_is_harmless_as_a_path_and_on_a_screen(tmp_path):
