@@ -57,11 +57,7 @@ def padded(headdim: int) -> int:
 INTERPRETER, INTERPRETER_WIDE = Config(128, 64, 4, 1), Config(256, 128, 4, 1)
 # fp32 without TF32 has no tensor cores, and its products are unrolled into single instructions: small tiles, or they
 # spill, and take minutes to compile. By padded headdim.
-FULL_PRECISION = {
-    64: [Config(32, 32, 4, 1), Config(16, 16, 4, 1)],
-    128: [Config(16, 16, 4, 1)],
-    256: [Config(16, 16, 8, 1)],
-}
+FULL_PRECISION = {64: Config(16, 16, 4, 1), 128: Config(16, 16, 4, 1), 256: Config(16, 16, 8, 1)}
 
 
 def candidates(kernel: str, headdim: int, dtype: torch.dtype, target: str, window: bool = False) -> list[Config]:
@@ -76,10 +72,11 @@ def candidates(kernel: str, headdim: int, dtype: torch.dtype, target: str, windo
     """
     instruction = TARGETS[target].instruction
     if dtype == torch.float32:
-        configs = FULL_PRECISION[max(64, padded(headdim))]
+        configs = [FULL_PRECISION[max(64, padded(headdim))]]
     else:
         configs = CONFIGS[instruction][kernel][max(64, padded(headdim))]
-        if (window or headdim != padded(headdim)) and kernel in HALVED[instruction]:
+        if instruction == "wgmma" and kernel != "backward_kv" and (window or headdim != padded(headdim)):
+            # The masks of a window's left end, and of dimensions that fill up to a power of two, need registers too.
             configs = [config._replace(block_k=config.block_k // 2) for config in configs]
     limit = TARGETS[target].shared_kib * 1024
     return [config for config in configs if config.shared_bytes(kernel, headdim, dtype.itemsize) <= limit]
@@ -143,13 +140,10 @@ def this_gpu() -> str:
 
 KERNELS = ("forward", "backward_kv", "backward_q")
 
-# The mask of a window's left end, and that of dimensions which fill a headdim up to a power of two, need registers as
-# well: in these kernels the tile of keys is then half as large, so that nothing spills.
-HALVED = {"mma.sync": (), "wgmma": ("forward", "backward_q"), "tcgen05": ("backward_q",)}
-
 # By tensor-core instruction, kernel and padded headdim. The tile that stays is as large as the registers let it be
-# (the accumulator is there), the tiles that come by as large as shared memory then allows. The first choices spill
-# nothing for sm_80, sm_90 and sm_100 (tests/kernels/test_inspection.py); which is the fastest only a GPU can tell.
+# (the accumulator is there), the tiles that come by as large as shared memory then allows. What
+# tests/kernels/test_inspection.py holds true is that the first choices spill nothing in the calls it names;
+# `make compile-matrix` shows more of them. Which is the fastest only a GPU can tell.
 CONFIGS: dict[str, dict[str, dict[int, list[Config]]]] = {
     "mma.sync": {
         "forward": {

@@ -1,6 +1,7 @@
 """What the compiler makes of the kernels, for GPUs that are not here. The reports are kept: a second run is quick."""
 
 import dataclasses
+import re
 import warnings
 from pathlib import Path
 
@@ -21,9 +22,7 @@ def shipped(target, **call):
     return [(name, job, report) for (name, job), report in zip(jobs.items(), inspect(jobs.values()), strict=True)]
 
 
-PINNED = next(
-    line.split("==")[1] for line in (ROOT / "constraints.txt").read_text().split() if line.startswith("triton==")
-)
+PINNED = re.search(r"^triton==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
 
 
 def assert_no_spill(name, report):
@@ -50,9 +49,9 @@ def test_shipped_kernels_use_the_tensor_cores_and_spill_nothing(target):
 # What asks for more registers than a plain causal call: heads that share keys, sequences that are looked up, dimensions
 # that are padded, a window's left end. (`make compile-matrix` has more of them; each takes two seconds to compile.)
 HARD_CALLS = {
-    "GQA, ragged": dict(group=4, ragged=True, headdims=(128, 256)),
+    "GQA, ragged": dict(group=4, ragged=True, headdims=(128,)),
     "GQA, ragged, padded dimensions, fp16": dict(group=4, ragged=True, headdims=(96,), dtype=torch.float16),
-    "window": dict(window=True, causal=False, headdims=(64, 128)),
+    "window": dict(window=True, causal=False, headdims=(128,)),
 }
 
 
@@ -71,7 +70,7 @@ def test_fp16_without_a_mask_spills_nothing_either():
 
 
 def test_fp32_spills_nothing_and_is_compiled_in_seconds():
-    for name, _, report in shipped("sm_90", dtype=torch.float32, headdims=(64, 128)):
+    for name, _, report in shipped("sm_90", dtype=torch.float32, headdims=(128,)):
         assert not report.failure and not report.instructions, name  # "ieee": no tensor cores
         assert_no_spill(name, report)
 
