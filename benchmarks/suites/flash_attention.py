@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ def check(machine: Machine) -> int:
 
 
 def check_one(case: Case, seqlens: tuple[int, int], device: str, batch: int) -> None:
-    options = dict(causal=case.causal, softcap=case.softcap)
+    options: dict[str, Any] = dict(causal=case.causal, softcap=case.softcap)
     options["window_size"] = (seqlens[1] // 3, seqlens[1] // 7) if case.local else (-1, -1)
     if case.layout == "ragged":
         qkv, ragged = random_ragged(RAGGED, case.heads, case.headdim, case.dtype, device)
