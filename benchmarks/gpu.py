@@ -35,7 +35,8 @@ NEEDS = (
     "On a GPU machine: make bench-gpu OUT=folder   (PYTHON=python3 takes the machine's own torch)\n"
     "Here: make bench-gpu ARGS=--dry-run           walks through every suite in the interpreter"
 )
-MAX_CHECKING = 8  # processes that check a suite at a time; each has a CUDA context, about 0.5 GB
+MAX_CHECKING = 8  # processes that check a suite at a time
+CHECKING_BYTES = 8 * 2**30  # what one of them may need: its CUDA context, and naive attention in float64
 CHECKING = 0.4  # the part of a suite's time that its checks may take
 LESSON_SECONDS = 40.0
 SOFT = 0.85  # of a limit: no case is begun after it; at the limit itself the process is killed
@@ -109,7 +110,8 @@ def run_suite(name: str, seconds: float, arguments: argparse.Namespace) -> Outco
     if arguments.dry_run:
         run_tasks(outcome, [Task(name, ["check", "measure"], seconds)], arguments)
     else:
-        parts = min(MAX_CHECKING, os.cpu_count() or 1)
+        room = torch.cuda.get_device_properties(0).total_memory // CHECKING_BYTES
+        parts = max(1, min(MAX_CHECKING, os.cpu_count() or 1, room))
         limit = 3600.0 if arguments.whole_grid else CHECKING * seconds
         run_tasks(outcome, [Task(name, ["check"], limit, part, parts) for part in range(parts)], arguments)
         if not outcome.failure:  # a kernel that is wrong has no speed
