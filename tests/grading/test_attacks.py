@@ -23,7 +23,7 @@ from course.grading.remote import Patience
 from course.grading.sandbox import ROOT
 from course.grading.unit import find_units
 from tests.grading.attacks import ATTACKS, ON_COUNTS, Attack
-from tests.grading.notebooks import POINTS, RIGHT, handed_in, needs_bubblewrap, save, unit
+from tests.grading.notebooks import POINTS, RIGHT, handed_in, needs_bubblewrap, released, save, unit
 
 SECRET = "the gradebook's own words"
 NAMES = (  # of students
@@ -41,8 +41,10 @@ HALVES = {"first half": list(ATTACKS)[::2], "second half": list(ATTACKS)[1::2]} 
 def test_no_attack_gains_a_point_or_harms_a_neighbour(half, tmp_path, capsys):
     submitted, grades = tmp_path / "submitted", tmp_path / "grades"
     attacks = {name: ATTACKS[name] for name in HALVES[half]}
-    for name in ("honest", "zzz-honest", *NAMES):
+    for name in ("honest", "zzz-honest"):
         save(handed_in(RIGHT), submitted / name / "unit.ipynb")
+    for name in NAMES:
+        save(released(), submitted / name / "unit.ipynb")
     (submitted / "link").symlink_to(submitted / "honest")
     for name in ("linked-file", "pipe"):
         (submitted / name).mkdir()
