@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode, v4
 
-from course.grading.grade import Result, Verdict
+from course.grading.grade import MAX_ANSWER, Result, Verdict
 from course.grading.remote import plain
 from course.grading.unit import Unit, grade_id, is_answer, is_test, is_text
 
-WHOLE = 4 << 20  # characters: more than a submission may have
+SHOWN = 50_000  # characters of a student's cells and outputs: to colour a million takes minutes
 
 
 def annotated(unit: Unit, result: Result) -> NotebookNode:
@@ -27,7 +28,7 @@ def annotated(unit: Unit, result: Result) -> NotebookNode:
     The metadata are nbgrader's. What the student wrote is in it as text: no HTML that runs, no escape codes.
     """
     verdicts = {verdict.grade_id: verdict for verdict in result.verdicts}
-    own = {cell["number"]: cell for cell in result.cells}
+    own = {cell["number"]: cell for cell in _cut(result.cells)}
     places = _places(unit, result)
     notebook = nbformat.from_dict(unit.release)
     notebook.cells = [_head(result)]
@@ -74,6 +75,17 @@ def _exporter() -> Any:
     )
 
 
+def _cut(cells: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The cells, with as much of their code and output as a page can hold."""
+    left = SHOWN
+    for cell in cells:
+        texts = {}
+        for name in ("source", "output", "error"):
+            texts[name] = plain(cell[name], left)
+            left = max(0, left - len(texts[name]))
+        yield cell | texts
+
+
 def _places(unit: Unit, result: Result) -> dict[str, int | None]:
     """For each answer cell as handed out, the number of the student's cell that was judged in its place."""
     judged = {test.grade_id: test.functions for test in unit.tests}
@@ -98,7 +110,7 @@ def _head(result: Result) -> NotebookNode:
 
 
 def _code(own: dict[str, Any]) -> NotebookNode:
-    cell = v4.new_code_cell(plain(own["source"], WHOLE), id=f"own-{own['number']}")
+    cell = v4.new_code_cell(own["source"], id=f"own-{own['number']}")
     cell.outputs = [_printed(text) for text in (own["output"], own["error"]) if text]
     return cell
 
@@ -107,7 +119,7 @@ def _harmless(markdown: str | None) -> str:
     """Markdown without HTML that runs, and without links, which nbconvert makes of `[x](javascript:…)` too."""
     from nbconvert.preprocessors.sanitize import SanitizeHTML
 
-    return re.sub(r"\](?=[(:])", "] ", SanitizeHTML().sanitize_html_tags(plain(markdown, WHOLE)))
+    return re.sub(r"\](?=[(:])", "] ", SanitizeHTML().sanitize_html_tags(plain(markdown, MAX_ANSWER)))
 
 
 def _printed(text: str) -> NotebookNode:

@@ -249,6 +249,15 @@ def test_what_a_student_wrote_is_only_text_in_the_feedback():
     assert "alert(1)" in page and "\x1b" not in page and not found.found
 
 
+def test_a_page_holds_no_more_of_a_students_code_than_is_soon_made():
+    result = Result("ann", "ann", unit().name, "graded")
+    result.verdicts = [Verdict(item.grade_id, 0, item.points, "not yet") for item in unit().items]
+    cells = ["first = 1\n", "(" * 3_000_000, "last = 1\n"]
+    result.cells = [{"number": i, "source": s, "error": None, "output": ""} for i, s in enumerate(cells)]
+    sources = [cell.source for cell in annotated(unit(), result).cells]
+    assert "first = 1\n" in sources and sum(map(len, sources)) < 100_000
+
+
 class Dangerous(HTMLParser):
     """Finds what would run, or load something, of what the test above wrote."""
 
