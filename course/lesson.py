@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-QUOTED_MACHINE = "intel-r-xeon-r-processor-2-50ghz-2-threads"
+QUOTED_MACHINE = "amd-epyc-2-threads"
 
 
 @dataclass(frozen=True)
