@@ -50,10 +50,24 @@ def notebook_faults(path: Path) -> list[str]:
             faults.append(f"cell {number} ends in an error")
         if any(WIDGET_VIEW in output.get("data", {}) for output in cell["outputs"]):
             faults.append(f"cell {number} stores a widget's view, an error until it is run: `python -m course.hygiene`")
+        if in_one_piece(cell["outputs"]) != cell["outputs"]:
+            faults.append(f"cell {number} stores what it printed in pieces: `python -m course.hygiene`")
     for number, cell in cells:
         paths = [path for text in texts(cell) for path in machine_paths(text)]
         faults += [f"cell {number} names a machine path: {path}" for path in paths]
     return faults
+
+
+def in_one_piece(outputs: list[dict]) -> list[dict]:
+    """Outputs in which what was printed piece by piece is one text: on a page, each piece would be a paragraph."""
+    merged: list[dict] = []
+    for output in outputs:
+        if merged and output["output_type"] == "stream" and merged[-1].get("name") == output["name"]:
+            text = "".join([*merged[-1]["text"], *output["text"]])
+            merged[-1] = {**output, "text": text.splitlines(keepends=True)}
+        else:
+            merged.append(output)
+    return merged
 
 
 def texts(value: object) -> Iterator[str]:
@@ -79,14 +93,19 @@ def repository_files(root: Path) -> list[Path]:
 
 
 def main() -> None:
-    """`python -m course.hygiene`: takes the widgets' views out of the stored notebooks; their pictures stay."""
+    """`python -m course.hygiene`: stored notebooks lose their widgets' views, not the pictures; a text is one piece."""
     for path in (ROOT / name for name in notebooks()):
-        notebook = json.loads(path.read_text(encoding="utf-8"))
-        outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
-        views = [output["data"].pop(WIDGET_VIEW) for output in outputs if WIDGET_VIEW in output.get("data", {})]
-        if views:
-            path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            print(f"{path.name}: {len(views)} widget views taken out")
+        before = path.read_text(encoding="utf-8")
+        notebook = json.loads(before)
+        for cell in notebook["cells"]:
+            if cell["cell_type"] == "code":
+                cell["outputs"] = in_one_piece(cell["outputs"])
+                for output in cell["outputs"]:
+                    output.get("data", {}).pop(WIDGET_VIEW, None)
+        after = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+        if after != before:
+            path.write_text(after, encoding="utf-8")
+            print(f"{path.name}: cleaned")
 
 
 if __name__ == "__main__":

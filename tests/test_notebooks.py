@@ -70,6 +70,14 @@ def test_a_stored_widget_is_a_fault_and_its_picture_is_none(stored):
     assert stored(cell) == ["cell 1 stores a widget's view, an error until it is run: `python -m course.hygiene`"]
 
 
+def test_a_text_in_pieces_is_a_fault(stored):
+    cell = code_cell(output="Your dish is ")
+    cell["outputs"].append({"output_type": "stream", "name": "stdout", "text": ["ramen.\n"]})
+    assert stored(cell) == ["cell 1 stores what it printed in pieces: `python -m course.hygiene`"]
+    cell["outputs"][-1]["name"] = "stderr"
+    assert stored(cell) == []
+
+
 def test_a_cell_that_was_not_executed_is_a_fault(stored):
     assert stored(code_cell(), code_cell(output="", execution_count=None)) == ["cell 2 was not executed"]
 
