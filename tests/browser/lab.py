@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from playwright.sync_api import BrowserContext, ConsoleMessage, Locator
+from playwright.sync_api import BrowserContext, ConsoleMessage, Locator, TimeoutError
 
 from course.run_tests import CELL_TIMEOUT
 
@@ -56,9 +56,12 @@ class Lab:
 
     def open(self, path: Path) -> Notebook:
         """Opens a notebook by double clicks, from the root of the course."""
-        self.page.locator(".jp-BreadCrumbs-home").click()
-        for name in path.parts:
-            entry = self.page.locator(".jp-DirListing-item").filter(has=self.page.get_by_text(name, exact=True))
+        entries = [
+            self.page.locator(".jp-DirListing-item").filter(has=self.page.get_by_text(name, exact=True))
+            for name in path.parts
+        ]
+        self._go_to_root(entries[0])
+        for entry in entries:
             entry.dblclick()
         self.page.locator(f".jp-mod-current[title*='{path.name}']").wait_for()
         notebook = Notebook(self.page.locator(".jp-NotebookPanel:not(.lm-mod-hidden)"), self.root / path)
@@ -67,6 +70,17 @@ class Lab:
         # Starting, and closing what was open before, are JupyterLab's own affair, except where they go.
         self.faults = [fault for fault in self.faults if fault.startswith("request")]
         return notebook
+
+    def _go_to_root(self, entry: Locator) -> None:
+        """Until this entry of the root is there: a click is lost where JupyterLab draws the path anew under it."""
+
+        def there() -> bool:
+            self.page.locator(".jp-BreadCrumbs-home").click()
+            with suppress(TimeoutError):
+                entry.wait_for(timeout=5000)
+            return entry.is_visible()
+
+        wait_for(there, REACTION, f"the root of the course: {entry}")
 
     def close_notebook(self) -> None:
         """With its kernel: File, Close and Shut Down Notebook."""
