@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from itertools import islice
 from statistics import median
 from typing import cast
@@ -68,9 +69,9 @@ def measure_decode(model: MiniLLM, rounds: int, tokens: int) -> dict:
     same, int8 = TextGenerator(model), TextGenerator(model, weights="int8")
     ids = prompt(PROMPT)
     runs = {
-        "floor": lambda: floor_rate(model, tokens),
-        "floor, transposed": lambda: transposed_floor_rate(model, tokens),
-        "floor, int8": lambda: int8_floor_rate(model, tokens),
+        "floor": lambda: floor_rate(linear_products(model), tokens),
+        "floor, transposed": lambda: floor_rate(transposed_products(model), tokens),
+        "floor, int8": lambda: floor_rate(int8_products(model), tokens),
         "ours": lambda: our_rate(same, ids, tokens),
         "ours, int8": lambda: our_rate(int8, ids, tokens),
         "transformers": lambda: their_rate(theirs, ids, tokens),
@@ -164,51 +165,38 @@ def prompt(length: int) -> Tensor:
     return torch.randint(CONFIG.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
 
 
-def floor_rate(model: MiniLLM, tokens: int) -> float:
-    """Steps a second of nothing but the products: q, k and v as one matrix, gate and up as one."""
+def floor_rate(products: list[Callable[[], Tensor]], tokens: int) -> float:
+    """Steps a second of nothing but the products with weights."""
+    start = time.perf_counter()
+    for _ in range(tokens):
+        for product in products:
+            product()
+    return tokens / (time.perf_counter() - start)
+
+
+@cache
+def linear_products(model: MiniLLM) -> list[Callable[[], Tensor]]:
+    """Those of a step: q, k and v as one matrix, gate and up as one."""
+    return [partial(F.linear, torch.randn(1, weight.shape[1]), weight) for weight in floor_weights(model)]
+
+
+@cache
+def transposed_products(model: MiniLLM) -> list[Callable[[], Tensor]]:
+    """The same, each matrix stored (in, out), as `minillm.decode` has it: a CPU streams one way faster."""
     weights = floor_weights(model)
-    inputs = {size: torch.randn(1, size) for size in (CONFIG.hidden_size, CONFIG.intermediate_size)}
-    start = time.perf_counter()
-    for _ in range(tokens):
-        for weight in weights:
-            F.linear(inputs[weight.shape[1]], weight)
-    return tokens / (time.perf_counter() - start)
-
-
-def transposed_floor_rate(model: MiniLLM, tokens: int) -> float:
-    """The same products, each matrix stored (in, out), as `minillm.decode` has it: a CPU streams one way faster."""
-    weights = transposed_weights(model)
-    inputs = {size: torch.randn(1, size) for size in (CONFIG.hidden_size, CONFIG.intermediate_size)}
-    start = time.perf_counter()
-    for _ in range(tokens):
-        for weight in weights:
-            torch.mm(inputs[weight.shape[0]], weight)
-    return tokens / (time.perf_counter() - start)
-
-
-def int8_floor_rate(model: MiniLLM, tokens: int) -> float:
-    """The same products with 8-bit weights, as `minillm.decode` makes them."""
-    weights = int8_weights(model)
-    sizes = (CONFIG.hidden_size, CONFIG.intermediate_size)
-    inputs = {size: torch.randn(1, size, dtype=torch.bfloat16) for size in sizes}
-    start = time.perf_counter()
-    for _ in range(tokens):
-        for weight, scale in weights:
-            torch._weight_int8pack_mm(inputs[weight.shape[1]], weight, scale)
-    return tokens / (time.perf_counter() - start)
+    return [partial(torch.mm, torch.randn(1, weight.shape[1]), weight.t().contiguous()) for weight in weights]
 
 
 @cache
-def int8_weights(model: MiniLLM) -> list[tuple[Tensor, Tensor]]:
-    return [quantise(weight) for weight in floor_weights(model)]
+def int8_products(model: MiniLLM) -> list[Callable[[], Tensor]]:
+    """The same with 8-bit weights, as `minillm.decode` makes them."""
+    products = []
+    for weight in floor_weights(model):
+        x = torch.randn(1, weight.shape[1], dtype=torch.bfloat16)
+        products.append(partial(torch._weight_int8pack_mm, x, *quantise(weight)))
+    return products
 
 
-@cache
-def transposed_weights(model: MiniLLM) -> list[Tensor]:
-    return [weight.t().contiguous() for weight in floor_weights(model)]
-
-
-@cache
 def floor_weights(model: MiniLLM) -> list[Tensor]:
     weights = []
     for block in cast("list[Block]", model.layers):
