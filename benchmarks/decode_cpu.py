@@ -190,7 +190,7 @@ def transposed_products(model: MiniLLM) -> list[Callable[[], Tensor]]:
 @cache
 def int8_products(model: MiniLLM) -> list[Callable[[], Tensor]]:
     """The same with 8-bit weights, as `minillm.decode` makes them."""
-    products = []
+    products: list[Callable[[], Tensor]] = []
     for weight in floor_weights(model):
         x = torch.randn(1, weight.shape[1], dtype=torch.bfloat16)
         products.append(partial(torch._weight_int8pack_mm, x, *quantise(weight)))
