@@ -16,6 +16,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.hopper.compat import allocate_barriers, tma_load, tma_store
 
+# Layouts for four warps.
+ROW = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+TILE = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))
+SHARED = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+
 GLUON_TYPES = {
     torch.bfloat16: gl.bfloat16,
     torch.float16: gl.float16,

@@ -30,14 +30,9 @@ from kernels.emulator import (
 from kernels.emulator.__main__ import main
 from kernels.hopper import tile as shared_arithmetic
 from kernels.hopper.compat import allocate_barriers, tma_load
-from tests.emulator.kernels import rows
+from tests.emulator.kernels import ROW, SHARED, SUMS, SWIZZLED, TILE, rows
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-ROW = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
-TILE = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))
-SHARED = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
-SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 
 
 # ---- numbers ----

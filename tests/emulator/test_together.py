@@ -27,13 +27,7 @@ from kernels.emulator import (
 )
 from kernels.emulator.example import double_kernel
 from kernels.hopper.compat import allocate_barriers, tma_load, tma_store
-from tests.emulator.kernels import rows
-
-ROW = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
-TILE = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))
-SHARED = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
-SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+from tests.emulator.kernels import ROW, SHARED, SUMS, SWIZZLED, TILE, rows
 
 
 @gluon.jit
