@@ -153,6 +153,13 @@ def far_below(q: Tensor, k: Tensor, generator: torch.Generator) -> tuple[Tensor,
     return q / 10 - size * towards, k / 10 + size * towards
 
 
+def kind_of_scores(times: float, rising: bool, low: bool) -> str:
+    """For a case's title: what is unusual about its scores."""
+    if rising:
+        return ", rising scores"
+    return f", scores × {times:g}" if times != 1 else f", scores near −{LOW}" * low
+
+
 def counted(n: int, one: str, more: str = "") -> str:
     """«1 query», «9 keys»: for the titles of cases."""
     return f"{n} {one if n == 1 else more or one + 's'}"

@@ -10,7 +10,18 @@ import torch
 from torch import Generator, Tensor
 
 from course.tasks.hbm import Rows, call_in_tiles
-from course.tasks.judge import COARSE, ELSEWHERE, LOW, START, Mistake, compare, compare_results, counted, far_below
+from course.tasks.judge import (
+    COARSE,
+    ELSEWHERE,
+    LOW,
+    START,
+    Mistake,
+    compare,
+    compare_results,
+    counted,
+    far_below,
+    kind_of_scores,
+)
 from course.tasks.task import Case, NotYet, Task
 from minillm.attention import merge_state
 from minillm.measure.traffic import Traffic
@@ -50,7 +61,7 @@ def one_pass_case(
             times=LOW if low else times,
         )
 
-    kind = ", rising scores" if rising else f", scores × {times:g}" if times != 1 else f", scores near −{LOW}" * low
+    kind = kind_of_scores(times, rising, low)
     return Case(f"{counted(rows, 'row')}, {counted(n, 'key')}, {block} at a time{kind}", judge)
 
 

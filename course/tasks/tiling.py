@@ -20,6 +20,7 @@ from course.tasks.judge import (
     compare_results,
     extra_memory_below,
     far_below,
+    kind_of_scores,
 )
 from course.tasks.task import Case, NotYet, Task
 from minillm.attention import flash_attention
@@ -55,7 +56,7 @@ def forward_case(
         larger = LOW if low else times
         compare_results(out, (q, k, v), _exact, results=ROWS, mistakes=mistakes, asks=asks, nan=nan, times=larger)
 
-    kind = ", rising scores" if rising else f", scores × {times:g}" if times != 1 else f", scores near −{LOW}" * low
+    kind = kind_of_scores(times, rising, low)
     return Case(f"{n} queries and keys, tiles of {block_q} × {block_k}{kind}", judge)
 
 
