@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minillm.cache.contiguous import KVCache, all_equal
+from minillm.cache import KVCache
 from minillm.model import Block, MiniLLM
 from minillm.rope import rotary_tables
 
@@ -68,9 +68,7 @@ class Decoder:
         kv_cache.check_fits(self.config, len(token_ids), self._embedding)
         if len(token_ids) != self.batch_size:
             self._make_buffers(len(token_ids))
-        lengths = kv_cache.lengths
-        kv_cache.reserve(max(lengths) + 1)
-        slots = CacheSlots(kv_cache, lengths)
+        slots = kv_cache.next_slots()
         turn, sin = self._turn[slots.positions], self._sin[slots.positions]
         x, qkv, turned, gate, up = self._x, self._qkv, self._turned, self._gate, self._up
         torch.index_select(self._embedding, 0, token_ids, out=x)
@@ -150,34 +148,6 @@ class Decoder:
         # The query heads that share a KV head are the rows of one matrix, as in `attention.online.to_rows`.
         self._q = self._turned[:, :heads].unflatten(1, (heads_k, -1))
         self._new_kv = self._turned[:, heads:].unflatten(1, (2, heads_k)).transpose(0, 1)  # (2, batch, nheads_k, d)
-
-
-class CacheSlots:
-    """Where a step's keys and values go in the cache, and what its queries see, for every layer."""
-
-    def __init__(self, kv_cache: KVCache, lengths: list[int]):
-        longest = max(lengths)
-        keys, values = kv_cache.buffer.narrow(3, 0, longest + 1).transpose(3, 4).unbind(1)
-        self.keys, self.values = keys.unbind(0), values.unbind(0)  # (batch, nheads_k, longest + 1, d) each
-        self._rows: Tensor | None = None
-        self.mask: Tensor | None = None
-        self.positions: Tensor | slice = slice(longest, longest + 1)
-        if all_equal(lengths):
-            self._slots = kv_cache.buffer.select(3, longest).unbind(0)  # (2, batch, nheads_k, d) each
-        else:
-            device = kv_cache.buffer.device
-            self._slots = kv_cache.buffer.unbind(0)  # (2, batch, capacity, nheads_k, d) each
-            self._rows = torch.arange(len(lengths), device=device)
-            self.positions = torch.tensor(lengths, device=device)
-            seen_keys = torch.arange(longest + 1, device=device) <= self.positions[:, None]
-            self.mask = seen_keys[:, None, None]  # (batch, 1, 1, longest + 1)
-
-    def write(self, layer: int, new: Tensor) -> None:
-        """new: (2, batch, nheads_k, d), keys and values of the step."""
-        if self._rows is None:
-            self._slots[layer].copy_(new)
-        else:
-            self._slots[layer][:, self._rows, self.positions] = new
 
 
 def product(x: Tensor, weight: Matrix, out: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ class TextGenerator:
 
         def reads() -> Reads:
             weights = self._weight_bytes if self._decoder is None else self._decoder.nbytes
-            return Reads(weights, cache.nbytes // (cache.batch_size * cache.capacity) * sum(cache.lengths))
+            return Reads(weights, cache.used_bytes)
 
         with phase("decode", running, reads):
             if self._decoder is not None:

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minillm.attention import attention
-from minillm.cache.contiguous import KVCache, all_equal
+from minillm.attention import Keys, attend
+from minillm.attention.keys import cu_seqlens_of
+from minillm.cache import KVCache
 from minillm.config import ModelConfig
 from minillm.rope import apply_rope, rotary_tables
 
@@ -71,35 +72,12 @@ class MiniLLM(nn.Module):
                 token. The cache is then as it was.
         """
         self._check(input_ids, kv_cache, token_mask, last_token_only)
-        backend = attention_backend or ("tiled" if use_flash_attention else "naive")
-        options: dict[str, Any] = {"backend": backend}
-        if backend == "tiled":
+        options: dict[str, Any] = {"backend": attention_backend or ("tiled" if use_flash_attention else "naive")}
+        if options["backend"] == "tiled":
             options |= {"block_q": flash_block_size, "block_k": flash_block_size}
         if token_mask is not None and not token_mask.all():
             return self._forward_padded(input_ids, token_mask, kv_cache, options, last_token_only)
         return self.lm_head(self.norm(self._run(input_ids, kv_cache, options, last_token_only=last_token_only)))
-
-    def _run(
-        self,
-        input_ids: Tensor,
-        kv_cache: KVCache | None,
-        options: dict,
-        counts: list[int] | None = None,
-        last_token_only: bool = False,
-    ) -> Tensor:
-        """The residual stream after all layers; with `counts`, only the first tokens of each row are real."""
-        past = [0] * len(input_ids) if kv_cache is None else kv_cache.lengths
-        x, cos, sin = self._embed(input_ids, past)
-        memory = None if kv_cache is None else Memory(kv_cache, past, counts)
-        try:
-            for layer in self.layers[:-1]:
-                x = layer(x, cos, sin, options, memory)
-            x = self.layers[-1](x, cos, sin, options, memory, last_token_only)
-        except BaseException:  # a Ctrl-C too: no layer may hold more than the others
-            if kv_cache is not None:
-                kv_cache.truncate(past)
-            raise
-        return x
 
     def _forward_padded(
         self, input_ids: Tensor, token_mask: Tensor, kv_cache: KVCache | None, options: dict, last_token_only: bool
@@ -114,6 +92,27 @@ class MiniLLM(nn.Module):
         back = order.argsort(1)[..., None].expand_as(logits)
         return logits.gather(1, back).masked_fill(~token_mask[..., None], 0)
 
+    def _run(
+        self,
+        input_ids: Tensor,
+        kv_cache: KVCache | None,
+        options: dict[str, Any],
+        counts: list[int] | None = None,
+        last_token_only: bool = False,
+    ) -> Tensor:
+        """The residual stream after all layers; what the arguments mean, `Step` says."""
+        past = [0] * len(input_ids) if kv_cache is None else kv_cache.lengths
+        x, cos, sin = self._embed(input_ids, past)
+        step = Step(cos, sin, options, kv_cache, counts, len(self.layers) - 1 if last_token_only else None)
+        try:
+            for layer in self.layers:
+                x = layer(x, step)
+        except BaseException:  # a Ctrl-C too: no layer may hold more than the others
+            if kv_cache is not None:
+                kv_cache.truncate(past)
+            raise
+        return x
+
     @torch.no_grad()
     def queries_keys_values(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """What each layer's attention is given for these tokens: the real input of the lessons.
@@ -127,15 +126,16 @@ class MiniLLM(nn.Module):
         """
         self._check(input_ids)
         x, cos, sin = self._embed(input_ids, [0] * len(input_ids))
+        step = Step(cos, sin, {"backend": "auto"})
         inputs = []
         for layer in cast("list[Block]", self.layers):
             inputs.append(layer.self_attn.project(layer.input_layernorm(x), cos, sin))
-            x = layer(x, cos, sin, {"backend": "auto"})
+            x = layer(x, step)
         return inputs
 
     def _embed(self, input_ids: Tensor, past: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """The embedded tokens, and the rotation of each one's position: its row's past, and on from there."""
-        starts = torch.tensor(past[:1] if all_equal(past) else past, device=input_ids.device)
+        starts = torch.tensor(past[:1] if len(set(past)) == 1 else past, device=input_ids.device)
         positions = starts[:, None] + torch.arange(input_ids.shape[1], device=input_ids.device)
         cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
         return self.embed_tokens(input_ids), cos, sin
@@ -173,24 +173,40 @@ class MiniLLM(nn.Module):
 
 
 @dataclass(frozen=True)
-class Memory:
-    """The cache in one forward: what each row held before, and how many of its new tokens are real (None: all)."""
+class Step:
+    """What one forward carries through all layers beside the residual stream.
 
-    cache: KVCache
-    past: list[int]
-    counts: list[int] | None
+    Args:
+        cos, sin: rotations of the tokens' positions, from `rotary_tables`.
+        options: of `minillm.attention.attend`, the back end among them.
+        kv_cache: holds what came before, and takes in what is new; None: there is nothing before.
+        counts: how many of each row's tokens are real, the first ones; None where all are.
+        trimmed_layer: the layer that goes on with each row's last token alone; None for no layer.
+    """
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer_idx: int, options: dict) -> Tensor:
-        """Takes k and v in, and lets q attend to all that the layer then holds, each row to its own length."""
-        keys, values = self.cache.update(k, v, layer_idx, self.counts)
-        if self.counts is None and all_equal(self.past):
-            return attention(q, keys, values, causal=True, **options)
+    cos: Tensor
+    sin: Tensor
+    options: dict[str, Any]
+    kv_cache: KVCache | None = None
+    counts: list[int] | None = None
+    trimmed_layer: int | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer_idx: int) -> Tensor:
+        """Causal attention of the new tokens to themselves and to what the cache's layer holds, which takes them in."""
+        if self.kv_cache is None:
+            return attend(q, Keys(k, v), causal=True, **self.options)
+        keys = self.kv_cache.append(k, v, layer_idx, self.counts)
+        if self.counts is None:
+            return attend(q, keys, causal=True, **self.options)
+        real = torch.arange(q.shape[1], device=q.device) < torch.tensor(self.counts, device=q.device)[:, None]
+        cu_seqlens_q = cu_seqlens_of(self.counts, q.device)
         out = torch.zeros_like(q)
-        for row, past in enumerate(self.past):
-            count = k.shape[1] if self.counts is None else self.counts[row]
-            one, new, held = slice(row, row + 1), slice(count), slice(past + count)
-            out[one, new] = attention(q[one, new], keys[one, held], values[one, held], causal=True, **options)
+        out[real] = attend(q[real], keys, causal=True, cu_seqlens_q=cu_seqlens_q, **self.options)
         return out
+
+    def trim(self, x: Tensor, layer_idx: int) -> Tensor:
+        """(batch, seqlen, …) -> (batch, 1, …) in the layer behind which the last tokens alone are needed, else x."""
+        return x[:, -1:] if layer_idx == self.trimmed_layer else x
 
 
 class Block(nn.Module):
@@ -198,22 +214,14 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer_idx: int):
         super().__init__()
+        self.layer_idx = layer_idx
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = SelfAttention(config, layer_idx)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        options: dict,
-        memory: Memory | None = None,
-        last_token_only: bool = False,
-    ) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), cos, sin, options, memory, last_token_only)
-        x = (x[:, -1:] if last_token_only else x) + attended
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        x = step.trim(x, self.layer_idx) + self.self_attn(self.input_layernorm(x), step)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -231,23 +239,11 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_width, bias=False)
         self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
 
-    def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        options: dict,
-        memory: Memory | None = None,
-        last_token_only: bool = False,
-    ) -> Tensor:
-        q, k, v = self.project(x, cos, sin)
-        if last_token_only:  # of the last layer nobody asks for more: its keys are needed, its other queries are not
-            q = q[:, -1:]
-        if memory is None:
-            out = attention(q, k, v, causal=True, **options)
-        else:
-            out = memory.attend(q, k, v, self.layer_idx, options)
-        return self.o_proj(out.flatten(-2))  # (batch, seqlen, nheads, headdim) -> (batch, seqlen, width)
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        q, k, v = self.project(x, step.cos, step.sin)
+        q = step.trim(q, self.layer_idx)  # keys and values of all tokens are still needed
+        out = step.attend(q, k, v, self.layer_idx)  # (batch, seqlen, nheads, headdim)
+        return self.o_proj(out.flatten(-2))
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads = (-1, self.head_dim)

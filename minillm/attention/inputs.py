@@ -2,47 +2,116 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from minillm.attention.keys import Keys, Options
+
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+PADDED, RAGGED = "(batch, seqlen, nheads, headdim)", "(total, nheads, headdim)"
+PAGED = "(num_blocks, page_size, nheads_k, headdim)"
 
 
 def check_inputs(
-    q: Tensor, k: Tensor, v: Tensor, window_size: tuple[int, int], softcap: float, **block_sizes: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: tuple[int, int],
+    softcap: float,
+    block_q: int | None = None,
+    block_k: int | None = None,
 ) -> None:
-    """Raises ValueError or TypeError where the tensors are no attention input.
+    """Raises ValueError or TypeError where dense tensors are no attention input.
 
     Args:
         q: (batch, seqlen_q, nheads, headdim).
         k, v: (batch, seqlen_k, nheads_k, headdim), nheads a multiple of nheads_k.
         window_size: (left, right), each ≥ -1.
         softcap: ≥ 0.
-        block_sizes: by name, each ≥ 1.
+        block_q, block_k: ≥ 1.
     """
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, wants (batch, seqlen, nheads, headdim)")
+    check_call(q, Keys(k, v), Options(window_size=window_size, softcap=softcap, block_q=block_q, block_k=block_k))
+
+
+def check_call(q: Tensor, keys: Keys, options: Options) -> None:
+    """Raises ValueError or TypeError where queries, keys and options do not fit each other.
+
+    The numbers in cu_seqlens, cache_seqlens and block_table are not read from a GPU, which the call would have to wait
+    for; only cu_seqlens are, where no max_seqlen comes with them, for then the call reads them anyway.
+    """
+    if keys.cu_seqlens is not None and (keys.cache_seqlens is not None or keys.block_table is not None):
+        raise ValueError("keys have cu_seqlens, and cache_seqlens or block_table beside them: give one or the other")
+    if keys.block_table is not None and keys.cache_seqlens is None:
+        raise ValueError("keys have a block_table and no cache_seqlens: they say how many keys each sequence has")
+    layout_k = RAGGED if keys.cu_seqlens is not None else PAGED if keys.block_table is not None else PADDED
+    _check_tensors(q, RAGGED if options.cu_seqlens_q is not None else PADDED, keys.k, keys.v, layout_k)
+    _check_ragged(q, keys, options)
+    if keys.cache_seqlens is not None:
+        _check_cached(keys.k, keys.cache_seqlens, keys.block_table)
+    if len(options.window_size) != 2 or min(options.window_size) < -1:
+        raise ValueError(f"window_size is {options.window_size}, wants (left, right) with -1 for no limit")
+    if options.softcap < 0:
+        raise ValueError(f"softcap is {options.softcap}, wants a positive number, or 0 for none")
+    for name, size in options.block_sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} is {size}, wants 1 or more")
+
+
+def _check_tensors(q: Tensor, layout_q: str, k: Tensor, v: Tensor, layout_k: str) -> None:
+    for name, x, layout in (("q", q, layout_q), ("k", k, layout_k), ("v", v, layout_k)):
+        if x.ndim != layout.count(",") + 1:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, wants {layout}")
         if str(x.dtype) not in {f"torch.{dtype}" for dtype in DTYPES}:
             raise TypeError(f"{name} is {x.dtype}, wants one of {', '.join(DTYPES)}")
         if x.dtype != q.dtype:
             raise TypeError(f"{name} is {x.dtype}, q is {q.dtype}: they must agree")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q is on {q.device}: they must agree")
-        if x.shape[0] != q.shape[0]:
+        if layout == layout_q == PADDED and x.shape[0] != q.shape[0]:
             raise ValueError(f"{name} has batch {x.shape[0]}, q has {q.shape[0]}: they must agree")
-        if x.shape[3] != q.shape[3]:
-            raise ValueError(f"{name} has headdim {x.shape[3]}, q has {q.shape[3]}: they must agree")
+        if x.shape[-1] != q.shape[-1]:
+            raise ValueError(f"{name} has headdim {x.shape[-1]}, q has {q.shape[-1]}: they must agree")
     if v.shape != k.shape:
         raise ValueError(f"v has shape {tuple(v.shape)}, k has {tuple(k.shape)}: they must agree")
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        raise ValueError(f"k has {k.shape[2]} heads, not a divisor of q's {q.shape[2]}")
-    if len(window_size) != 2 or min(window_size) < -1:
-        raise ValueError(f"window_size is {window_size}, wants (left, right) with -1 for no limit")
-    if softcap < 0:
-        raise ValueError(f"softcap is {softcap}, wants a positive number, or 0 for none")
-    for name, size in block_sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} is {size}, wants 1 or more")
+    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+        raise ValueError(f"k has {k.shape[-2]} heads, not a divisor of q's {q.shape[-2]}")
+
+
+def _check_ragged(q: Tensor, keys: Keys, options: Options) -> None:
+    for name, cu_seqlens, max_seqlen, of, x in (
+        ("cu_seqlens_q", options.cu_seqlens_q, options.max_seqlen_q, "q", q),
+        ("cu_seqlens_k", keys.cu_seqlens, keys.max_seqlen, "k", keys.k),
+    ):
+        if cu_seqlens is None:
+            continue
+        if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
+            raise ValueError(f"{name} is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, wants int32 (batch + 1,)")
+        bounds = [0, len(x)] if cu_seqlens.is_cuda and max_seqlen is not None else cu_seqlens.tolist()
+        if not bounds or bounds[0] != 0 or bounds[-1] != len(x) or bounds != sorted(bounds):
+            raise ValueError(f"{name} is {bounds}, wants to rise from 0 to the {len(x)} rows of {of}")
+    batch = len(q) if options.cu_seqlens_q is None else len(options.cu_seqlens_q) - 1
+    if keys.batch != batch:
+        raise ValueError(f"the keys have {keys.batch} sequences, the queries {batch}: they must agree")
+
+
+def _check_cached(k: Tensor, cache_seqlens: Tensor, block_table: Tensor | None) -> None:
+    if cache_seqlens.ndim != 1 or cache_seqlens.dtype != torch.int32:
+        raise ValueError(f"cache_seqlens is {cache_seqlens.dtype} {tuple(cache_seqlens.shape)}, wants int32 (batch,)")
+    room = k.shape[1]
+    if block_table is not None:
+        if block_table.ndim != 2 or block_table.dtype != torch.int32 or len(block_table) != len(cache_seqlens):
+            got = f"{block_table.dtype} {tuple(block_table.shape)}"
+            raise ValueError(f"block_table is {got}, wants int32 ({len(cache_seqlens)}, max_blocks)")
+        room *= block_table.shape[1]
+    if cache_seqlens.is_cuda:
+        return
+    lengths = cache_seqlens.tolist()
+    if lengths and not 0 <= min(lengths) <= max(lengths) <= room:
+        raise ValueError(f"cache_seqlens is {lengths}, wants 0 to {room}, as there is room for")
+    for blocks, length in zip([] if block_table is None else block_table.tolist(), lengths, strict=False):
+        used = blocks[: -(-length // k.shape[1])]
+        if used and not 0 <= min(used) <= max(used) < len(k):
+            raise ValueError(f"block_table has the blocks {used}, wants 0 to {len(k) - 1}")
 
 
 def softmax_scale_of(q: Tensor, softmax_scale: float | None) -> float:

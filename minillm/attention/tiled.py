@@ -80,15 +80,21 @@ def tiled_forward(q: Tensor, k: Tensor, v: Tensor, tiling: Tiling) -> tuple[Tens
     Returns:
         out like q; lse (batch, nheads, seqlen_q), natural log, fp32 (float64 for float64).
     """
-    nheads_k = k.shape[2]
+    nheads_k, seen = k.shape[2], tiling.visibility
     out, lse = torch.empty_like(q), _empty_lse(q)
     in_q, in_k, in_v, to_out, to_lse = _in_hbm(q, k, v, out, lse)
     for queries in tiles(q.shape[1], tiling.block_q):
-        q_tile = in_q.load(*_rows(queries))
-        q_rows = to_rows(widen(q_tile), nheads_k)  # (batch, nheads_k, group * rows, headdim)
+        q_tile = in_q.load(*_rows(queries))  # (batch, queries, nheads, headdim)
+        q_rows = to_rows(widen(q_tile), nheads_k)  # (batch, nheads_k, group * queries, headdim)
         state = OnlineSoftmax(tuple(q_rows.shape[:-1]), q.shape[-1], q_rows.dtype, q.device)
-        for keys in tiling.visibility.key_tiles(queries, tiling.block_k):
-            _visit(state, q_rows, in_k, in_v, queries, keys, tiling)
+        for keys in seen.key_tiles(queries, tiling.block_k):
+            k_tile, v_tile = in_k.load(*_rows(keys)), in_v.load(*_rows(keys))  # (batch, keys, nheads_k, headdim)
+            mask = seen.mask(queries, keys, q.device)  # (queries, keys), None where all of them are seen
+            scores = tile_scores(q_rows, to_rows(widen(k_tile), nheads_k), tiling.scale, tiling.softcap, mask)
+            on_chip(scores=scores)
+            state.update(scores, to_rows(widen(v_tile), nheads_k))
+            on_chip(acc=state.acc)
+            del k_tile, v_tile, scores  # or they would stay on the chip while the next ones come in
         out_tile, lse_tile = _as_public(*state.finish(), len(queries))
         to_out.store(out_tile, *_rows(queries))
         to_lse.store(lse_tile, ..., slice(queries.start, queries.stop))
@@ -104,45 +110,31 @@ def tiled_forward_keys_first(q: Tensor, k: Tensor, v: Tensor, tiling: Tiling) ->
     Returns:
         As `tiled_forward`.
     """
+    nheads_k, seen = k.shape[2], tiling.visibility
     out, lse = torch.empty_like(q), _empty_lse(q)
     in_q, in_k, in_v, to_out, to_lse = _in_hbm(q, k, v, out, lse)
     to_out.store(torch.zeros(()), ...)  # line 2
     to_lse.store(torch.tensor(-torch.inf), ...)
     for keys in tiles(k.shape[1], tiling.block_k):
-        seeing = [t for t in tiles(q.shape[1], tiling.block_q) if tiling.visibility.sees(t, keys)]
-        if seeing:
-            k_tile, v_tile = in_k.load(*_rows(keys)), in_v.load(*_rows(keys))
+        seeing = [queries for queries in tiles(q.shape[1], tiling.block_q) if seen.sees(queries, keys)]
+        if not seeing:
+            continue
+        k_tile, v_tile = in_k.load(*_rows(keys)), in_v.load(*_rows(keys))  # (batch, keys, nheads_k, headdim)
         for queries in seeing:
-            part = _part(in_q.load(*_rows(queries)), k_tile, v_tile, queries, keys, tiling)
-            columns = slice(queries.start, queries.stop)
+            q_tile, columns = in_q.load(*_rows(queries)), slice(queries.start, queries.stop)
+            q_rows = to_rows(widen(q_tile), nheads_k)  # (batch, nheads_k, group * queries, headdim)
+            mask = seen.mask(queries, keys, q.device)
+            scores = tile_scores(q_rows, to_rows(widen(k_tile), nheads_k), tiling.scale, tiling.softcap, mask)
+            on_chip(scores=scores)
+            state = OnlineSoftmax(tuple(q_rows.shape[:-1]), q.shape[-1], q_rows.dtype, q.device)
+            state.update(scores, to_rows(widen(v_tile), nheads_k))
+            on_chip(acc=state.acc)
+            part = _as_public(*state.finish(), len(queries))
+            del q_tile, scores, state  # of these keys only the part of the result stays on the chip
             merged, merged_lse = merge_state(to_out.load(*_rows(queries)), to_lse.load(..., columns), *part)
             to_out.store(merged, *_rows(queries))
             to_lse.store(merged_lse, ..., columns)
     return out, lse
-
-
-def _visit(state: OnlineSoftmax, q_rows: Tensor, in_k: Counted, in_v: Counted, queries, keys, tiling: Tiling) -> None:
-    """One step of the inner loop: a tile of keys and values comes in, is used, and makes room for the next."""
-    _take_in(state, q_rows, in_k.load(*_rows(keys)), in_v.load(*_rows(keys)), queries, keys, tiling)
-
-
-def _part(q_tile: Tensor, k_tile: Tensor, v_tile: Tensor, queries, keys, tiling: Tiling) -> tuple[Tensor, Tensor]:
-    """The attention of a tile of queries to a tile of keys alone, as (out, lse)."""
-    q_rows = to_rows(widen(q_tile), k_tile.shape[2])
-    state = OnlineSoftmax(tuple(q_rows.shape[:-1]), q_rows.shape[-1], q_rows.dtype, q_rows.device)
-    _take_in(state, q_rows, k_tile, v_tile, queries, keys, tiling)
-    return _as_public(*state.finish(), len(queries))
-
-
-def _take_in(
-    state: OnlineSoftmax, q_rows: Tensor, k_tile: Tensor, v_tile: Tensor, queries, keys, tiling: Tiling
-) -> None:
-    """Scores of these queries and keys, and the update of the running softmax with them; noted as on the chip."""
-    nheads_k = q_rows.shape[1]
-    scores = _masked_scores(q_rows, to_rows(widen(k_tile), nheads_k), queries, keys, tiling)
-    on_chip(scores=scores)
-    state.update(scores, to_rows(widen(v_tile), nheads_k))
-    on_chip(acc=state.acc)
 
 
 def _in_hbm(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> list[Counted]:
@@ -184,7 +176,8 @@ def tiled_backward(
         grad_q_tile = torch.zeros_like(q_tile)
         for keys in tiling.visibility.key_tiles(queries, tiling.block_k):
             k_tile, v_tile = _tile(k, keys, nheads_k), _tile(v, keys, nheads_k)
-            scores = _masked_scores(q_tile, k_tile, queries, keys, tiling)
+            mask = tiling.visibility.mask(queries, keys, q.device)
+            scores = tile_scores(q_tile, k_tile, tiling.scale, tiling.softcap, mask)
             p = torch.exp(scores - shift_tile)
             grad_p = grad_out_tile @ v_tile.transpose(-1, -2)
             grad_scores = p * (grad_p - delta_tile)
@@ -206,8 +199,3 @@ def _tile(x: Tensor, positions: range, nheads_k: int) -> Tensor:
 def _row_numbers(x: Tensor, queries: range, nheads_k: int) -> Tensor:
     """One number a row: (batch, nheads, seqlen_q) -> (batch, nheads_k, group * len(queries), 1)."""
     return x[:, :, queries.start : queries.stop].unflatten(1, (nheads_k, -1)).flatten(2, 3)[..., None]
-
-
-def _masked_scores(q_tile: Tensor, k_tile: Tensor, queries: range, keys: range, tiling: Tiling) -> Tensor:
-    mask = tiling.visibility.mask(queries, keys, q_tile.device)
-    return tile_scores(q_tile, k_tile, tiling.scale, tiling.softcap, mask)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from minillm.attention.keys import Keys
 from minillm.config import ModelConfig
 
 
@@ -24,7 +25,6 @@ class KVCache:
         dtype, device: of keys and values; those of the model.
 
     Attributes:
-        buffer: (layers, 2, batch, capacity, nheads_k, headdim), keys at 0 and values at 1.
         limit: tokens that a row can hold at most.
 
     Raises:
@@ -47,42 +47,61 @@ class KVCache:
         if not 1 <= capacity <= self.limit:
             raise ValueError(f"capacity is {capacity}, wants 1 to the model's max_position_embeddings {self.limit}")
         shape = (config.num_hidden_layers, 2, batch_size, capacity, config.num_key_value_heads, config.head_dim)
-        self.buffer = _empty_slots(shape, dtype, device)
+        self._buffer = _empty_slots(shape, dtype, device)
         self._lengths = [[0] * batch_size for _ in range(config.num_hidden_layers)]
 
     @torch.no_grad()
-    def update(
-        self, key: Tensor, value: Tensor, layer_idx: int, counts: Sequence[int] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Appends to a layer, and gives back all that it holds: transformers' method, in our layout.
+    def append(self, k: Tensor, v: Tensor, layer_idx: int, counts: Sequence[int] | None = None) -> Keys:
+        """Takes new tokens into a layer, and gives back all that it then holds.
 
         Args:
-            key, value: (batch, seqlen, nheads_k, headdim), any number of tokens, 0 included; keys after RoPE.
+            k, v: (batch, seqlen, nheads_k, headdim), any number of tokens, 0 included; keys after RoPE.
             layer_idx: the layer.
-            counts: how many of each row's tokens are appended, the first ones; left out, all.
+            counts: how many of each row's tokens are taken in, the first ones; left out, all.
 
         Returns:
-            keys, values: (batch, longest length, nheads_k, headdim), views of the buffer; no gradient passes.
+            Keys of every row up to its length, in views of the buffer; no gradient passes.
 
         Raises:
             ValueError: where shapes, layer or counts do not fit, or a row would pass the limit; nothing has changed
                 then.
         """
-        counts = [key.shape[1]] * self.batch_size if counts is None else counts
-        self._check(key, value, layer_idx, counts)
+        counts = [k.shape[1]] * self.batch_size if counts is None else counts
+        self._check(k, v, layer_idx, counts)
         starts = self._lengths[layer_idx]
         stops = [start + count for start, count in zip(starts, counts, strict=True)]
         self.reserve(max(stops))
-        keys, values = self.buffer[layer_idx, 0], self.buffer[layer_idx, 1]
+        keys, values = self._buffer[layer_idx]
         if all_equal(starts) and all_equal(stops):
-            keys[:, starts[0] : stops[0]] = key[:, : counts[0]]
-            values[:, starts[0] : stops[0]] = value[:, : counts[0]]
+            keys[:, starts[0] : stops[0]] = k[:, : counts[0]]
+            values[:, starts[0] : stops[0]] = v[:, : counts[0]]
         else:
             for row, (start, stop, count) in enumerate(zip(starts, stops, counts, strict=True)):
-                keys[row, start:stop] = key[row, :count]
-                values[row, start:stop] = value[row, :count]
+                keys[row, start:stop] = k[row, :count]
+                values[row, start:stop] = v[row, :count]
         self._lengths[layer_idx] = stops
-        return keys[:, : max(stops)], values[:, : max(stops)]
+        lengths = None if all_equal(stops) else torch.tensor(stops, dtype=torch.int32, device=keys.device)
+        return Keys(keys[:, : max(stops)], values[:, : max(stops)], cache_seqlens=lengths)
+
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, counts: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`append` under the name and with the result of transformers' caches, in our layout.
+
+        Returns:
+            keys, values: (batch, longest length, nheads_k, headdim), views of the buffer.
+        """
+        keys = self.append(key, value, layer_idx, counts)
+        return keys.k, keys.v
+
+    def next_slots(self) -> NextSlots:
+        """Makes room for one more token a row, and shows where it goes in every layer; `advance` then counts it.
+
+        Raises:
+            ValueError: where a row would pass the limit; nothing has changed then.
+        """
+        self.reserve(max(self.lengths) + 1)
+        return NextSlots(self._buffer, self.lengths)
 
     def reserve(self, tokens: int) -> None:
         """Makes room for this many tokens a row: by doubling, so that growing to n tokens copies fewer than 2n.
@@ -99,13 +118,13 @@ class KVCache:
             capacity = self.capacity
             while capacity < tokens:
                 capacity *= 2
-            old = self.buffer
+            old = self._buffer
             shape = (*old.shape[:3], min(capacity, self.limit), *old.shape[4:])
-            self.buffer = _empty_slots(shape, old.dtype, old.device)
-            self.buffer[:, :, :, : old.shape[3]] = old
+            self._buffer = _empty_slots(shape, old.dtype, old.device)
+            self._buffer[:, :, :, : old.shape[3]] = old
 
     def advance(self) -> None:
-        """Counts one more token in each row, which the caller has written to the buffer of all layers itself."""
+        """Counts one more token in each row, which has been written to the `next_slots` of all layers."""
         self._lengths = [[length + 1 for length in lengths] for lengths in self._lengths]
 
     @property
@@ -115,17 +134,22 @@ class KVCache:
 
     @property
     def batch_size(self) -> int:
-        return self.buffer.shape[2]
+        return self._buffer.shape[2]
 
     @property
     def capacity(self) -> int:
         """Tokens a row for which there is room now."""
-        return self.buffer.shape[3]
+        return self._buffer.shape[3]
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated: layers · 2 · batch · capacity · KV heads · head dim · bytes a number."""
-        return self.buffer.nbytes
+        return self._buffer.nbytes
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the slots that hold a token."""
+        return self.nbytes // (self.batch_size * self.capacity) * sum(self.lengths)
 
     def truncate(self, lengths: int | Sequence[int]) -> None:
         """Forgets what each row holds beyond a length, and clears it: one length for all rows, or one a row.
@@ -138,27 +162,27 @@ class KVCache:
         if len(wanted) != len(have) or any(not 0 <= want <= has for want, has in zip(wanted, have, strict=False)):
             raise ValueError(f"lengths is {lengths}, the rows hold {have}: want 0 to that, for each row")
         for row, (want, *held) in enumerate(zip(wanted, *self._lengths, strict=True)):
-            self.buffer[:, :, row, want : max(held)] = 0  # a forward that was interrupted left some layers longer
+            self._buffer[:, :, row, want : max(held)] = 0  # a forward that was interrupted left some layers longer
         self._lengths = [list(wanted) for _ in self._lengths]
 
     @torch.inference_mode(False)  # as in `_empty_slots`
     def fork(self) -> KVCache:
         """A copy with a buffer of its own: both go on independently, as two continuations of one text do."""
         copy = object.__new__(KVCache)
-        copy.limit, copy.buffer = self.limit, self.buffer.clone()
+        copy.limit, copy._buffer = self.limit, self._buffer.clone()
         copy._lengths = [list(lengths) for lengths in self._lengths]
         return copy
 
     def check_fits(self, config: ModelConfig, batch_size: int, weight: Tensor) -> None:
         """Raises ValueError where a model with this config and such weights cannot decode so many rows with it."""
-        layers, _, rows, _, nheads_k, headdim = self.buffer.shape
+        layers, _, rows, _, nheads_k, headdim = self._buffer.shape
         for name, has, wants in (
             ("batch_size", rows, batch_size),
             ("layers", layers, config.num_hidden_layers),
             ("KV heads", nheads_k, config.num_key_value_heads),
             ("headdim", headdim, config.head_dim),
-            ("dtype", self.buffer.dtype, weight.dtype),
-            ("device", self.buffer.device, weight.device),
+            ("dtype", self._buffer.dtype, weight.dtype),
+            ("device", self._buffer.device, weight.device),
             ("limit", self.limit, min(self.limit, config.max_position_embeddings)),
         ):
             if has != wants:
@@ -166,17 +190,54 @@ class KVCache:
                     f"kv_cache has {name} {has}, wants {wants}: make it for this model, with a row for each of the ids'"
                 )
 
-    def _check(self, key: Tensor, value: Tensor, layer_idx: int, counts: Sequence[int]) -> None:
-        layers, _, batch, _, nheads_k, headdim = self.buffer.shape
+    def _check(self, k: Tensor, v: Tensor, layer_idx: int, counts: Sequence[int]) -> None:
+        layers, _, batch, _, nheads_k, headdim = self._buffer.shape
         if not 0 <= layer_idx < layers:
             raise ValueError(f"layer_idx is {layer_idx}, wants 0 to {layers - 1}")
-        if key.shape != value.shape or key.ndim != 4 or key.shape != (batch, key.shape[1], nheads_k, headdim):
+        if k.shape != v.shape or k.ndim != 4 or k.shape != (batch, k.shape[1], nheads_k, headdim):
             raise ValueError(
-                f"key has shape {tuple(key.shape)} and value {tuple(value.shape)}, "
+                f"key has shape {tuple(k.shape)} and value {tuple(v.shape)}, "
                 f"want ({batch}, seqlen, {nheads_k}, {headdim}) for both"
             )
-        if len(counts) != batch or not 0 <= min(counts) <= max(counts) <= key.shape[1]:
-            raise ValueError(f"counts is {list(counts)}, wants 0 to {key.shape[1]}, for each of {batch} rows")
+        if len(counts) != batch or not 0 <= min(counts) <= max(counts) <= k.shape[1]:
+            raise ValueError(f"counts is {list(counts)}, wants 0 to {k.shape[1]}, for each of {batch} rows")
+
+
+class NextSlots:
+    """Where the keys and values of a step's tokens go, one a row, and what its queries see: for the packed `Decoder`.
+
+    Args:
+        buffer: (layers, 2, batch, capacity, nheads_k, headdim).
+        lengths: tokens that each row holds.
+
+    Attributes:
+        positions: of the new tokens: a slice where all rows are equally long, else (batch,) int64.
+        keys, values: for each layer (batch, nheads_k, longest + 1, headdim), the new token's slot included.
+        mask: (batch, 1, 1, longest + 1) bool, True where a row sees the slot; None where all rows see all of them.
+    """
+
+    def __init__(self, buffer: Tensor, lengths: list[int]):
+        longest, device = max(lengths), buffer.device
+        keys, values = buffer.narrow(3, 0, longest + 1).transpose(3, 4).unbind(1)
+        self.keys, self.values = keys.unbind(0), values.unbind(0)
+        self.positions: Tensor | slice = slice(longest, longest + 1)
+        self.mask: Tensor | None = None
+        self._rows: Tensor | None = None
+        if all_equal(lengths):
+            self._slots = buffer.select(3, longest).unbind(0)  # (2, batch, nheads_k, headdim) each
+        else:
+            self._slots = buffer.unbind(0)  # (2, batch, capacity, nheads_k, headdim) each
+            self._rows = torch.arange(len(lengths), device=device)
+            self.positions = torch.tensor(lengths, device=device)
+            seen = torch.arange(longest + 1, device=device) <= self.positions[:, None]
+            self.mask = seen[:, None, None]
+
+    def write(self, layer_idx: int, new: Tensor) -> None:
+        """Stores the step's keys and values of a layer, (2, batch, nheads_k, headdim)."""
+        if self._rows is None:
+            self._slots[layer_idx].copy_(new)
+        else:
+            self._slots[layer_idx][:, self._rows, self.positions] = new
 
 
 @torch.inference_mode(False)  # a tensor made in inference mode could not be written to outside of it

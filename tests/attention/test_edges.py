@@ -17,6 +17,7 @@ from minillm.attention import (
     naive_attention,
     online_softmax_attention,
 )
+from minillm.attention.keys import as_ragged
 from tests.attention.grid import Judge, random_qkv
 
 WITH_LSE = [naive_attention, online_softmax_attention, flash_attention]
@@ -127,15 +128,15 @@ def test_on_a_gpu_a_ragged_batch_is_one_launch_of_the_triton_kernel(monkeypatch)
     launches = []
     there = replace(
         backends.BACKENDS["triton"],
-        objection=lambda q, options: None,
-        reluctance=lambda q: None,
-        run_varlen=lambda *arguments, **options: launches.append(arguments[-1]),
+        why_not=lambda q, keys, options: None,
+        slow=lambda q, keys, options: None,
+        run=lambda q, keys, options: launches.append(as_ragged(q, keys, options)[-1][2:]),
     )
     monkeypatch.setitem(backends.BACKENDS, "triton", there)
     q, k, v = (x[0] for x in random_qkv((6, 7), (4, 2), 8))
     bounds_q, bounds_k = (torch.tensor(bounds, dtype=torch.int32) for bounds in ([0, 2, 6], [0, 7, 7]))
     attention_varlen(q, k, v, bounds_q, bounds_k, causal=True)
-    assert launches == [[4, 7]]  # the longest sequences
+    assert launches == [(4, 7)]  # the longest sequences
     assert choose_backend(q[None], k[None], v[None]).name == "sdpa"
 
 

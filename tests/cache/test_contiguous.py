@@ -83,17 +83,17 @@ def test_it_grows_by_doubling_up_to_the_limit_and_keeps_every_token():
         for mine, theirs in zip(grown, fixed, strict=True):
             assert torch.equal(mine[0], theirs[0]) and torch.equal(mine[1], theirs[1])
         capacities.append(cache.capacity)
-        assert cache.nbytes == cache.buffer.untyped_storage().nbytes()
+        assert cache.nbytes == cache._buffer.untyped_storage().nbytes()
     assert sorted(set(capacities)) == [3, 6, 12, 20]
 
 
 def test_past_the_limit_it_says_the_limit_and_loses_nothing():
     cache = KVCache(CONFIG, 2, capacity=4)
     fill(cache, 18)
-    before, capacity = cache.buffer.clone(), cache.capacity
+    before, capacity = cache._buffer.clone(), cache.capacity
     with pytest.raises(ValueError, match="would hold 21 tokens, the model's max_position_embeddings is 20"):
         fill(cache, 3)
-    assert cache.lengths == [18, 18] and cache.capacity == capacity and torch.equal(cache.buffer, before)
+    assert cache.lengths == [18, 18] and cache.capacity == capacity and torch.equal(cache._buffer, before)
     fill(cache, 2)
     assert cache.lengths == [20, 20]
 
@@ -115,8 +115,8 @@ def test_what_is_forgotten_is_cleared():
     fill(cache, 6)
     cache.update(*new_tokens(2, 1), 0)  # one layer further than the others, as after a forward that was interrupted
     cache.truncate([2, 6])
-    assert cache.buffer[:, :, 0, :2].all() and cache.buffer[:, :, 1, :6].all()
-    assert not cache.buffer[:, :, 0, 2:].any() and not cache.buffer[:, :, 1, 6:].any()
+    assert cache._buffer[:, :, 0, :2].all() and cache._buffer[:, :, 1, :6].all()
+    assert not cache._buffer[:, :, 0, 2:].any() and not cache._buffer[:, :, 1, 6:].any()
 
 
 def test_a_fork_made_in_inference_mode_can_be_written_to_outside_of_it():

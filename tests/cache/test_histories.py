@@ -137,7 +137,7 @@ def a_stale_mask_on_a_fork(monkeypatch):
 
     def fork(self):
         copy = KVCache.__new__(KVCache)
-        copy.limit, copy.buffer, copy._lengths = self.limit, self.buffer.clone(), self._lengths
+        copy.limit, copy._buffer, copy._lengths = self.limit, self._buffer.clone(), self._lengths
         return copy
 
     monkeypatch.setattr(KVCache, "fork", fork)
@@ -148,7 +148,7 @@ def a_fork_that_shares_its_buffer(monkeypatch):
 
     def fork(self):
         copy = original(self)
-        copy.buffer = self.buffer
+        copy._buffer = self._buffer
         return copy
 
     monkeypatch.setattr(KVCache, "fork", fork)
@@ -161,7 +161,7 @@ def growth_that_loses_the_last_row(monkeypatch):
         capacity = self.capacity
         reserve(self, tokens)
         if self.capacity > capacity:
-            self.buffer[:, :, -1, capacity - 1 :] = 0
+            self._buffer[:, :, -1, capacity - 1 :] = 0
 
     monkeypatch.setattr(KVCache, "reserve", lossy)
 

@@ -95,7 +95,7 @@ def test_the_last_token_only_has_the_same_logits_and_leaves_the_same_cache(optio
     expected = uncached(model, ids)
     whole, cache = KVCache(model.config, 2), KVCache(model.config, 2)
     model(ids[:, :9], whole, **options), model(ids[:, :9], cache, last_token_only=True, **options)
-    assert torch.equal(whole.buffer, cache.buffer)
+    assert torch.equal(whole._buffer, cache._buffer)
     cache.truncate([9, 4])
     last = model(ids[:, 9:], cache, last_token_only=True, **options)
     for row, length in enumerate((9, 4)):  # rows of different lengths too
@@ -122,10 +122,10 @@ def test_past_the_limit_the_model_says_so_and_the_cache_is_as_it_was():
     model = random_model()
     cache = KVCache(model.config, 1)
     model(random_ids(1, 60), cache)
-    before = cache.buffer.clone()
+    before = cache._buffer.clone()
     with pytest.raises(ValueError, match="would hold 65 tokens, the model's max_position_embeddings is 64"):
         model(random_ids(1, 5), cache)
-    assert cache.lengths == [60] and torch.equal(cache.buffer, before)
+    assert cache.lengths == [60] and torch.equal(cache._buffer, before)
     decoder = Decoder(model)
     for _ in range(4):
         decoder.step(torch.tensor([1]), cache)
@@ -208,7 +208,7 @@ def test_bad_calls_say_what_is_wrong_and_leave_the_cache_as_it_was(call, message
     cache = KVCache(model.config, 2)
     with pytest.raises(ValueError, match=message):
         call(model, cache)
-    assert cache.lengths == [0, 0] and not cache.buffer.any()
+    assert cache.lengths == [0, 0] and not cache._buffer.any()
 
 
 @torch.no_grad()

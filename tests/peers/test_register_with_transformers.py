@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.runtime import prepare
-from minillm.attention import register_with_transformers
+from minillm.interfaces.transformers import register_with_transformers
 
 transformers = pytest.importorskip("transformers", reason="no transformers: our attention was not tried inside a model")
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from minillm.attention.backends import attention, attention_varlen
+from minillm.attention.keys import cu_seqlens_of
 
 
 def register_with_transformers(name: str = "minillm", backend: str = "auto") -> str:
@@ -103,10 +104,7 @@ def _without_padding(q: Tensor, k: Tensor, v: Tensor, real_k: Tensor, options: d
     """The tokens as a ragged batch: padding is neither read nor computed, and the causal mask aligns by itself."""
     real_q = real_k[:, -q.shape[1] :]  # the queries are the last positions
     out = torch.zeros_like(q)
-    out[real_q] = attention_varlen(q[real_q], k[real_k], v[real_k], _bounds(real_q), _bounds(real_k), **options)
+    out[real_q] = attention_varlen(
+        q[real_q], k[real_k], v[real_k], *(cu_seqlens_of(real.sum(1)) for real in (real_q, real_k)), **options
+    )
     return out
-
-
-def _bounds(real: Tensor) -> Tensor:
-    """cu_seqlens: where each sequence begins when the rows of all are written one behind the other."""
-    return torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0)).int()
