@@ -124,7 +124,7 @@ SMALL_TALK = (
     "Two birds sat on the fence.",
     "The coffee machine makes a strange noise.",
 )
-# Small talk with a value in it: seeing a value is not enough, the model has to see who said what about it.
+# Small talk with a value in it: a value alone is no answer, the user has to state it of themselves.
 SMALL_TALK_WITH_VALUE = (
     ("city", "There was a report about {} on the news."),
     ("city", "A colleague just came back from {}."),

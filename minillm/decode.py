@@ -1,4 +1,4 @@
-"""Decoding at the machine's limit: one token a row and step, with everything taken away that is not the weights.
+"""The decode step packed for speed: one token a row, and few operators beside the products with the weights.
 
 On a CPU a step of a small model is a walk over all its weights, and every other operator costs as much as several
 thousand of them. So this is the model once more, unrolled: q, k and v from one matrix, gate and up from one, the
@@ -34,7 +34,7 @@ class Decoder:
     """Next-token logits, one token a row at a time, equal to those of `model(input_ids, kv_cache=…)`.
 
     Args:
-        model: its weights are copied, packed for the step; later changes of the model do not arrive here.
+        model: its weights are copied, packed for the step; later changes of the model have no effect.
         weights: "same" keeps the model's dtype; "int8" stores each matrix in 8 bits with a scale for each output
             (weight-only quantisation, 仅权重量化) and multiplies in bf16: a quarter of the bytes, less exact.
 

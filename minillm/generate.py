@@ -111,24 +111,24 @@ class TextGenerator:
         return self._stream(prompts, max_new_tokens, sampling, frozenset(stop_tokens), seed)
 
     def stream_text(self, text: str, max_new_tokens: int = 50, temperature: float = 0.8, **options) -> Iterator[str]:
-        """The model's answer to what a person says, in pieces of text.
+        """The model's answer to a user's text, in pieces.
 
         Args:
-            text: any Unicode characters; the tokenizer writes those that it has not learned byte by byte.
+            text: any Unicode characters; those outside the vocabulary are encoded byte by byte.
             max_new_tokens, temperature, options: as in `stream`.
 
         Raises:
-            ValueError: as `stream`, and where the text is blank or holds one of the marks that part turns.
+            ValueError: as `stream`, and where the text is blank or holds a mark that separates turns.
         """
         if self.tokenizer is None:
             raise ValueError("tokenizer is None: text needs one, give it to TextGenerator beside the model")
         if not text.strip():
             raise ValueError("text is blank: say something")
-        if any("\ud800" <= character <= "\udfff" for character in text):  # what Python makes of bytes of another kind
+        if any("\ud800" <= character <= "\udfff" for character in text):  # surrogates: bytes that were not UTF-8
             raise ValueError("text is not Unicode: write it in UTF-8")
         for mark in SPECIAL_TOKENS:
             if mark in text:
-                raise ValueError(f"text holds {mark!r}, which parts the turns of a dialogue: leave it out")
+                raise ValueError(f"text holds {mark!r}, which separates the turns of a dialogue: leave it out")
         prompt = self.tokenizer.encode(user_turn([text]) + BOT).ids
         return self._pieces(self.stream(prompt, max_new_tokens, temperature, **options))
 
@@ -215,7 +215,7 @@ class TextGenerator:
 
 
 def as_prompts(prompt_ids) -> tuple[list[list[int]], bool]:
-    """Whatever form the ids have, as lists; and whether it was one prompt, not a batch."""
+    """The ids as lists, whatever their form; and whether they were one prompt rather than a batch."""
     try:
         rows = list(prompt_ids.tolist() if isinstance(prompt_ids, Tensor) else prompt_ids)
         single = not rows or not isinstance(rows[0], Iterable)
@@ -228,7 +228,7 @@ def as_prompts(prompt_ids) -> tuple[list[list[int]], bool]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("text", help="what you say to the model, in quotes")
+    parser.add_argument("text", help="the user's text, in quotes")
     parser.add_argument("--checkpoint", default="small", help="a folder, or the name of a shipped checkpoint")
     parser.add_argument("--max-new-tokens", type=int, default=50)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, and the default here")
@@ -249,7 +249,7 @@ def main() -> None:
             for piece in pieces:
                 print(piece, end="", flush=True)
         print(flush=True)
-    except BrokenPipeError:  # whoever was reading has gone, as after `| head`; without this, Python would try once more
+    except BrokenPipeError:  # the reader closed the pipe, as `| head` does; Python would flush again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     for name, measured in report.phases.items():
         print(f"{name}: {measured.tokens} tokens, {measured.tokens_per_second:.0f} tokens/s", file=sys.stderr)

@@ -100,7 +100,7 @@ class MiniLLM(nn.Module):
         counts: list[int] | None = None,
         last_token_only: bool = False,
     ) -> Tensor:
-        """The residual stream after all layers; what the arguments mean, `Step` says."""
+        """The residual stream after all layers; the arguments are those of `Step`."""
         past = [0] * len(input_ids) if kv_cache is None else kv_cache.lengths
         x, cos, sin = self._embed(input_ids, past)
         step = Step(cos, sin, options, kv_cache, counts, len(self.layers) - 1 if last_token_only else None)

@@ -1,4 +1,4 @@
-"""From logits to the next token: greedy, temperature, top-k, top-p, min-p. Plain PyTorch, sorted where it has to be."""
+"""From logits to the next token: greedy, temperature, top-k, top-p, min-p. Plain PyTorch; only top-p sorts."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def sample(
 
     Args:
         logits: (batch, vocab_size).
-        temperature, top_k, top_p, min_p: as in `next_token_probabilities`; with temperature 0 the largest logit
-            wins (greedy).
+        temperature, top_k, top_p, min_p: as in `next_token_probabilities`; temperature 0 takes the largest
+            logit (greedy).
         generator: makes the draw repeatable; on the device of the logits.
 
     Returns:
@@ -35,7 +35,7 @@ def sample(
 def next_token_probabilities(
     logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> Tensor:
-    """The distribution that `sample` draws from. Each step works on what the one before has left.
+    """The distribution that `sample` draws from. Each filter applies to what the one before has kept.
 
     Args:
         logits: (batch, vocab_size), any float dtype; computed in fp32 at least.
@@ -52,7 +52,7 @@ def next_token_probabilities(
         arXiv 2407.01082. The order is transformers'.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    # Beside the largest logit everything goes to -inf as the temperature goes to 0, and nothing to inf.
+    # With the largest logit subtracted first, a temperature near 0 sends the others to -inf and none to inf.
     logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(logits.dtype).tiny)
     if 0 < top_k < logits.shape[-1]:
         smallest = logits.topk(top_k).values[:, -1:]
@@ -72,7 +72,7 @@ def next_token_probabilities(
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
-    """Raises ValueError for what no sampling can mean."""
+    """Raises ValueError where an option is out of its range."""
     for name, value, right, wanted in (
         ("temperature", temperature, temperature >= 0, "0 (greedy) or more"),
         ("top_k", top_k, top_k >= 0, "0 (all) or more"),

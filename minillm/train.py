@@ -41,7 +41,7 @@ class Stage:
     batch_size: int
 
 
-# About 2,400 tokens a batch throughout. Two facts first: a model that meets seven at once learns nothing for long.
+# About 2,400 tokens a batch throughout. Two facts first: a model that starts with seven learns nothing for a long time.
 CURRICULUM = (
     Stage(0.00, max_facts=2, max_sentences=4, num_questions=3, batch_size=32),
     Stage(0.12, max_facts=3, max_sentences=8, num_questions=4, batch_size=20),
@@ -50,7 +50,7 @@ CURRICULUM = (
 )
 HARD_FROM = 7 / 8  # of all steps: the last eighth asks hard questions, at half the learning rate
 LEARNING_RATE = 2e-3
-OTHER_TOKENS = 0.1  # weight in the loss of a token that is no answer: small talk cannot be foreseen
+OTHER_TOKENS = 0.1  # weight in the loss of a token that is no answer: small talk cannot be predicted
 
 
 def train(out: Path, steps: int, seed: int = 0, save_every: int = 250) -> MiniLLM:

@@ -14,8 +14,8 @@ from minillm.config import ModelConfig
 class KVCache:
     """Keys and values of the tokens so far, for every layer; each row of the batch has its own length.
 
-    A row's tokens lie in slots 0 … length - 1 without gaps, keys after RoPE. The slots behind them hold zeros: a longer
-    row's step reads them too, with weight 0, and 0 times a NaN that was left there would be NaN.
+    A row's tokens lie in slots 0 to length - 1 without gaps, keys after RoPE. The slots behind them hold zeros: a longer
+    row's step reads them with weight 0, and 0 times a stale NaN would be NaN.
 
     Args:
         config: the model's shape; its `max_position_embeddings` is the limit of a row.
@@ -242,7 +242,7 @@ class NextSlots:
 
 @torch.inference_mode(False)  # a tensor made in inference mode could not be written to outside of it
 def _empty_slots(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
-    """Zeros, as `KVCache` says of the slots that no token has."""
+    """Slots without a token hold zeros, because a longer row's step reads them with weight 0."""
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
