@@ -98,7 +98,10 @@ def _check_cached(k: Tensor, cache_seqlens: Tensor, block_table: Tensor | None) 
     if cache_seqlens.ndim != 1 or cache_seqlens.dtype != torch.int32:
         raise ValueError(f"cache_seqlens is {cache_seqlens.dtype} {tuple(cache_seqlens.shape)}, wants int32 (batch,)")
     room = k.shape[1]
-    if block_table is not None:
+    if block_table is None:
+        if len(k) != len(cache_seqlens):
+            raise ValueError(f"cache_seqlens has {len(cache_seqlens)} lengths, k has {len(k)} rows: they must agree")
+    else:
         if block_table.ndim != 2 or block_table.dtype != torch.int32 or len(block_table) != len(cache_seqlens):
             got = f"{block_table.dtype} {tuple(block_table.shape)}"
             raise ValueError(f"block_table is {got}, wants int32 ({len(cache_seqlens)}, max_blocks)")

@@ -141,6 +141,11 @@ def test_arrays_that_do_not_fit_are_named(keys, message):
         attend(torch.zeros(3, 1, 4, 8), keys)
 
 
+def test_a_cache_with_more_rows_than_lengths_is_refused_for_ragged_queries_too():
+    with pytest.raises(ValueError, match="cache_seqlens has 2 lengths, k has 3 rows"):
+        attend(torch.zeros(5, 4, 8), Keys(K, K, cache_seqlens=int32([1, 2])), cu_seqlens_q=int32([0, 2, 5]))
+
+
 def test_an_unknown_option_is_refused():
     with pytest.raises(TypeError, match="dropout_p"):
         attend(torch.zeros(3, 1, 4, 8), Keys(K, K), dropout_p=0.1)
