@@ -70,4 +70,4 @@ architecture: setup ## docs/architecture.svg, the picture of the imports between
 
 clean: ## remove .venv and caches; keeps your notebooks and runs/
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
-	find minillm kernels course grading tools benchmarks examples tests notebooks -name __pycache__ -prune -exec rm -rf {} +
+	find minillm kernels course grading tools benchmarks tests notebooks -name __pycache__ -prune -exec rm -rf {} +

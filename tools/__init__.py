@@ -1,1 +1,1 @@
-"""What `make` calls: setting up, running the tests, checking and drawing the repository itself."""
+"""What `make` calls: set-up, tests, badges, and the check of what may be stored in the repository."""

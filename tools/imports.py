@@ -22,7 +22,7 @@ ROOMS = {
     "notebooks": ("benchmarks", "course", "minillm", "kernels"),
     "exercises": ("course", "minillm", "kernels"),
     "solutions": ("course", "minillm", "kernels"),
-    "grading": ("tools", "course", "minillm", "kernels"),
+    "grading": ("course", "minillm", "kernels"),
     "tools": ("course",),
     "benchmarks": ("minillm", "kernels"),
     "course": ("minillm", "kernels"),
