@@ -1,6 +1,7 @@
 """The plan of the house holds: imports go down, files stay short, public names are described. Each rule can fail."""
 
 import ast
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -182,3 +183,21 @@ def without_docstring(modules: Iterable[Module]) -> Iterator[str]:
                     public = not node.name.startswith("_") and node.name != "main"
                     if public and not ast.get_docstring(node):
                         yield f"{module.name}.{node.name}"
+
+
+# A row of docs/architecture.md: | `file.py`: `name`, `name` | what |
+ROW = re.compile(r"^\| `([\w/]+\.py)`: ((?:`\w+`(?:, )?)+) \|", re.MULTILINE)
+
+
+@pytest.mark.parametrize(("path", "names"), ROW.findall((ROOT / "docs" / "architecture.md").read_text()))
+def test_the_ways_of_data_pass_where_the_page_says(path, names):
+    tree = ast.parse((ROOT / path).read_text())
+    defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    assigned = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    assert set(re.findall(r"\w+", names)) <= defined | assigned
+
+
+def test_files_that_the_page_names_are_there():
+    named = re.findall(r"`([\w/]+(?:\.py|/))`", (ROOT / "docs" / "architecture.md").read_text())
+    assert len(named) > 20
+    assert [path for path in named if not (ROOT / path).exists()] == []
