@@ -1,7 +1,7 @@
 """Which lesson a test belongs to: `pytest -m lesson03` runs what belongs to lesson 03.
 
-A test whose id names a unit ("03_tiling") or a task of it belongs to that lesson alone. So does a cell of a notebook, in
-`pytest -m lesson03 --nbval tests notebooks solutions`.
+A test whose id names a unit ("03_tiling") or a task of it belongs to that lesson alone. So does a cell of a notebook,
+in `pytest -m lesson03 --nbval tests notebooks solutions`.
 All others belong where FILES puts their file or folder; the longest path that fits decides.
 """
 
