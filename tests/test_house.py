@@ -14,11 +14,7 @@ MODULES = read_modules()
 IMPORTS = find_imports(MODULES)
 
 LONGEST = 350  # lines of a Python file
-LONGER = {
-    "course/tasks/tiling.py": "one unit, one file: three tasks, each with its reference and the mistakes that it knows",
-    "grading/sandbox.py": "the whole sandbox, its limits and its system calls, is judged in one reading",
-    "tests/grading/attacks.py": "a list of attacks, none of which needs another",
-}
+LONGER: dict[str, str] = {}  # a longer file: its path, and the reason why it is not divided
 
 # Their functions carry Gluon's names and do what Gluon's documentation says of them.
 GLUON = {"kernels.emulator.arithmetic", "kernels.emulator.language"}
