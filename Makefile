@@ -16,7 +16,7 @@ LESSON_00 := /lab/tree/notebooks/00_start_here.ipynb
 # Jupyter refuses to start as root, who is the only user of most containers.
 ROOT_ARGS := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help lab test doctor setup gpu exercises grade bench train evaluate badges bench-gpu compile-matrix clean
+.PHONY: help lab test doctor setup gpu exercises grade bench train evaluate badges bench-gpu compile-matrix architecture clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -65,6 +65,9 @@ bench-gpu: ## every GPU kernel checked and timed, into OUT; on a GPU machine, wi
 compile-matrix: setup ## every kernel compiled for every GPU, without one: instructions, registers, spills, shared memory
 	@$(VENV) -m kernels.matrix $(ARGS)
 
+architecture: setup ## docs/architecture.svg, the picture of the imports between folders, and the same as a table
+	@$(VENV) -m tools.architecture $(ARGS)
+
 clean: ## remove .venv and caches; keeps your notebooks and runs/
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
-	find minillm kernels course benchmarks tests notebooks -name __pycache__ -prune -exec rm -rf {} +
+	find minillm kernels course grading tools benchmarks tests notebooks -name __pycache__ -prune -exec rm -rf {} +

@@ -33,6 +33,7 @@ def random_ragged(
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, **options) -> Any:
+    """The naive method with its lse: what the error budget compares with."""
     return naive_attention(q, k, v, return_lse=True, **options)
 
 

@@ -65,6 +65,7 @@ def main() -> None:
 
 
 def measure_decode(model: MiniLLM, rounds: int, tokens: int) -> dict:
+    """Tokens/s of ours, the floors and transformers, measured in turns: each one's spread, and their ratios."""
     theirs = to_transformers(model).eval()
     same, int8 = TextGenerator(model), TextGenerator(model, weights="int8")
     ids = prompt(PROMPT)
@@ -97,6 +98,7 @@ def measure_decode(model: MiniLLM, rounds: int, tokens: int) -> dict:
 
 
 def measure_prefill(model: MiniLLM, rounds: int) -> dict:
+    """Prompt tokens/s of ours and of transformers, measured in turns."""
     theirs = to_transformers(model).eval()
     ids = prompt(PREFILL)
 
@@ -162,6 +164,7 @@ def measure_blocks(rounds: int = 7) -> dict:
 
 
 def prompt(length: int) -> Tensor:
+    """Random token ids, (1, length)."""
     return torch.randint(CONFIG.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
 
 
@@ -198,6 +201,7 @@ def int8_products(model: MiniLLM) -> list[Callable[[], Tensor]]:
 
 
 def floor_weights(model: MiniLLM) -> list[Tensor]:
+    """The weight matrices of a decode step; those that share an input are joined."""
     weights = []
     for block in cast("list[Block]", model.layers):
         attention, mlp = block.self_attn, block.mlp
@@ -245,6 +249,7 @@ def uncached_rate(model: MiniLLM, ids: Tensor) -> float:
 
 
 def in_words(figures: dict[str, float], form: str) -> str:
+    """A spread as text: the median, and in brackets the 10th and 90th percentiles."""
     return f"{figures['median']:{form}}  ({figures['p10']:{form}} to {figures['p90']:{form}})"
 
 

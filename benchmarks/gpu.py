@@ -83,6 +83,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
+    """The command line's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--out", type=Path, help="folder for the JSON files; benchmarks/results/<machine> if left out")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes in the interpreter, on a CPU")
@@ -97,6 +98,7 @@ def parse() -> argparse.Namespace:
 
 
 def what_is_missing() -> str:
+    """Why nothing can be measured here; empty where it can."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     mode = triton_mode()
@@ -207,6 +209,7 @@ def run_child(arguments: argparse.Namespace) -> bool:
 
 
 def check(outcome: Outcome, machine: Machine, report: Callable[[], None]) -> None:
+    """Runs a suite's comparisons and notes how many cases were right. Raises where one is wrong."""
     suite = suites.load(outcome.name)
     outcome.title = (suite.__doc__ or "").splitlines()[0]
     outcome.checked = suite.check(machine)
@@ -214,6 +217,7 @@ def check(outcome: Outcome, machine: Machine, report: Callable[[], None]) -> Non
 
 
 def measure(outcome: Outcome, machine: Machine, report: Callable[[], None]) -> None:
+    """Measures a suite and reports after each row, so that a timeout loses none."""
     for row in suites.load(outcome.name).measure(machine):
         outcome.rows.append(row)
         print(line(row), flush=True)
@@ -221,6 +225,7 @@ def measure(outcome: Outcome, machine: Machine, report: Callable[[], None]) -> N
 
 
 def write(outcome: Outcome, about: dict, folder: Path) -> None:
+    """Writes an outcome as JSON, named after its suite, to a folder that is made where it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     result = {"suite": outcome.name, "title": outcome.title, "machine": about, "checked": outcome.checked}
     result |= {"checks left out": outcome.left_out, "failure": outcome.failure}
@@ -229,6 +234,7 @@ def write(outcome: Outcome, about: dict, folder: Path) -> None:
 
 
 def default_folder(about: dict) -> Path:
+    """Where results go: a folder of benchmarks/results named after the GPU, or one of runs for a dry run."""
     kind = "dry-run" if about["dry_run"] else about["device"]
     return ROOT / ("runs" if about["dry_run"] else "benchmarks/results") / kind.lower().replace(" ", "-")
 

@@ -10,10 +10,12 @@ from benchmarks.machine import ROOT
 
 
 def notebooks_with_gpu_cells() -> list[Path]:
+    """The lessons that have a cell tagged `gpu`."""
     return [path for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")) if gpu_cells(path)]
 
 
 def gpu_cells(path: Path) -> list[str]:
+    """The sources of a notebook's cells that are tagged `gpu`."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     return ["".join(cell["source"]) for cell in cells if "gpu" in cell["metadata"].get("tags", [])]
 

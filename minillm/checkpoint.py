@@ -29,6 +29,13 @@ def load_checkpoint(folder: str | Path = "small") -> tuple[MiniLLM, Tokenizer]:
 
     Raises:
         ValueError: where there is no checkpoint.
+
+    Example:
+        >>> model, tokenizer = load_checkpoint()
+        >>> sum(parameter.numel() for parameter in model.parameters())
+        935040
+        >>> tokenizer.encode("My favourite dish is ramen.").tokens
+        ['ĠMy', 'Ġfavourite', 'Ġdish', 'Ġis', 'Ġramen', '.']
     """
     shipped = SHIPPED / folder
     folder = shipped if shipped.is_dir() else Path(folder)

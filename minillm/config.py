@@ -25,6 +25,11 @@ class ModelConfig:
 
     Raises:
         ValueError: where the sizes do not fit together.
+
+    Example:
+        >>> config = ModelConfig.small()
+        >>> config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        (4, 2, 32)
     """
 
     vocab_size: int

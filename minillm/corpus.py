@@ -152,6 +152,8 @@ def values_of(category: Category, held_out: bool) -> list[str]:
 
 @dataclass(frozen=True)
 class Fact:
+    """What a person states and later asks for: a category and a value, such as dish and ramen."""
+
     category: Category
     value: str
 
@@ -207,6 +209,7 @@ def user_turn(sentences: list[str], rng: random.Random | None = None) -> str:
 
 
 def bot_turn(answer: str) -> str:
+    """An answer as one turn of the model."""
     return BOT + " " + answer + END
 
 

@@ -92,6 +92,7 @@ def share_right(model: MiniLLM, tokenizer: Tokenizer, dialogues: list[Dialogue])
 
 
 def is_right(model: MiniLLM, tokenizer: Tokenizer, prompt: str, answer: str) -> bool:
+    """Whether each token of the answer is the most likely one after the prompt and the answer before it."""
     ids = torch.tensor([tokenizer.encode(prompt + answer).ids])
     start = len(tokenizer.encode(prompt).ids)
     # The first token of the answer is the bot's mark: it is given, not guessed.

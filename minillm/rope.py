@@ -34,6 +34,12 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Returns:
         Like x, same dtype.
+
+    Example:
+        >>> q = torch.randn(1, 3, 4, 64)
+        >>> turned = apply_rope(q, *rotary_tables(torch.arange(3), head_dim=64))
+        >>> torch.equal(turned[:, 0], q[:, 0])  # position 0 is not turned
+        True
     """
     cos, sin = cos[..., None, :].to(x.dtype), sin[..., None, :].to(x.dtype)  # one angle for all heads
     first, second = x.chunk(2, dim=-1)
@@ -52,6 +58,12 @@ def shift_rope(x: Tensor, offset: int | Tensor, theta: float = 10_000.0) -> Tens
 
     Returns:
         Like x, same dtype.
+
+    Example:
+        >>> key = torch.randn(1, 1, 2, 64, dtype=torch.float64)
+        >>> at_3, at_8 = (apply_rope(key, *rotary_tables(torch.tensor([p]), 64)) for p in (3, 8))
+        >>> bool((shift_rope(at_3, 5) - at_8).abs().max() < 1e-5)
+        True
     """
     positions = torch.as_tensor(offset, device=x.device).expand(x.shape[:2])
     return apply_rope(x, *rotary_tables(positions, x.shape[-1], theta))

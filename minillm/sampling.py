@@ -25,6 +25,12 @@ def sample(
 
     Returns:
         (batch,) int64.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 2.0, 1.0]])
+        >>> sample(logits, temperature=0)  # greedy
+        tensor([1])
+        >>> draw = sample(logits, top_k=2, generator=torch.Generator().manual_seed(0))  # 1 or 2
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -50,6 +56,13 @@ def next_token_probabilities(
     Source:
         top-k: Fan et al., arXiv 1805.04833; top-p: Holtzman et al., arXiv 1904.09751; min-p: Nguyen et al.,
         arXiv 2407.01082. The order is transformers'.
+
+    Example:
+        >>> probabilities = torch.tensor([[0.1, 0.6, 0.3]])
+        >>> next_token_probabilities(probabilities.log(), top_k=2)
+        tensor([[0.0000, 0.6667, 0.3333]])
+        >>> next_token_probabilities(probabilities.log(), top_p=0.5)
+        tensor([[0., 1., 0.]])
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # With the largest logit subtracted first, a temperature near 0 sends the others to -inf and none to inf.

@@ -23,6 +23,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     Source:
         Sennrich, Haddow, Birch, arXiv 1508.07909; on bytes as in GPT-2.
+
+    Example:
+        >>> tokenizer = train_tokenizer(["to be or not to be"], vocab_size=270)
+        >>> tokenizer.encode("to be").tokens
+        ['Ġto', 'Ġbe']
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)

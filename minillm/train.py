@@ -153,6 +153,7 @@ def training_step(model: MiniLLM, optimizer: torch.optim.Optimizer, batch: Batch
 
 
 def exact_answers(logits: Tensor, batch: Batch) -> float:
+    """The share of the answers of which every token has the largest logit; logits (batch, seqlen, vocab_size)."""
     wrong = (logits.argmax(-1) != batch.targets) & batch.is_answer
     first = batch.is_answer & ~F.pad(batch.is_answer, (1, 0))[:, :-1]  # each answer's first token
     row = torch.arange(len(first))[:, None] * first.shape[1]
@@ -162,6 +163,7 @@ def exact_answers(logits: Tensor, batch: Batch) -> float:
 
 
 def save_state(out: Path, model: MiniLLM, optimizer: torch.optim.Optimizer, step: int, curve: list) -> None:
+    """Writes what `resume` reads. An earlier state is replaced only when the new one is whole."""
     tensors = {f"model.{name}": weight for name, weight in own_weights(model).items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
@@ -170,6 +172,7 @@ def save_state(out: Path, model: MiniLLM, optimizer: torch.optim.Optimizer, step
 
 
 def resume(out: Path, model: MiniLLM, optimizer: torch.optim.Optimizer) -> tuple[int, list]:
+    """Loads a saved state into model and optimizer; returns the step and the curve, 0 and [] where nothing is saved."""
     path = out / "state.safetensors"
     if not path.exists():
         return 0, []

@@ -113,6 +113,14 @@ def test_the_checkpoints_files_are_part_of_the_package():
     assert not left_out
 
 
+@pytest.mark.parametrize(
+    "package", [line.rstrip("*") for line in PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]]
+)
+def test_type_checkers_read_an_installed_package(package):
+    assert (ROOT / package / "py.typed").exists()
+    assert PROJECT["tool"]["setuptools"]["package-data"]["*"] == ["py.typed"]
+
+
 def test_ci_does_what_a_contributor_does():
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     assert lines[0].startswith("#!") and "set -euo pipefail" in lines and lines[-1] == "make test"

@@ -17,8 +17,10 @@ from types import ModuleType
 
 
 def names() -> list[str]:
+    """The names of all suites."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def load(name: str) -> ModuleType:
+    """Imports a suite by its name."""
     return importlib.import_module(f"{__name__}.{name}")

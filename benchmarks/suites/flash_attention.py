@@ -52,6 +52,7 @@ class Case(NamedTuple):
 
 
 def check(machine: Machine) -> int:
+    """Compares the cases of this share with the naive method; returns how many."""
     checked = 0
     for case in machine.share(grid(machine)):
         with tiles(case):
@@ -62,6 +63,7 @@ def check(machine: Machine) -> int:
 
 
 def check_one(case: Case, seqlens: tuple[int, int], device: str, batch: int) -> None:
+    """Raises AssertionError where one case, forward or backward, is over the error budget."""
     options: dict[str, Any] = dict(causal=case.causal, softcap=case.softcap)
     options["window_size"] = (seqlens[1] // 3, seqlens[1] // 7) if case.local else (-1, -1)
     if case.layout == "ragged":
@@ -118,6 +120,7 @@ def grid(machine: Machine) -> Iterator[Case]:
 
 
 def measure(machine: Machine) -> Iterator[dict]:
+    """Yields a row for each headdim, mask and length, forward and backward, with the tiles that tuning chose."""
     for headdim, causal in itertools.product(HEADDIMS[-1:] if machine.dry_run else HEADDIMS, (True, False)):
         ours: dict[str, Attention] = {"ours": partial(flash_attn_func, causal=causal)}
         if not machine.out_of_time():

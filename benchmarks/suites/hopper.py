@@ -19,6 +19,7 @@ GRID_HEADS = ((6, 6), (6, 2), (6, 1))
 
 
 def check(machine: Machine) -> int:
+    """Compares the cases of this share with the naive method; returns how many."""
     checked = 0
     cases = machine.share(enumerate(grid(machine)), together=len(GRID_SEQLENS))
     for number, (rung, dtype, heads, causal, headdim, seqlens) in cases:
@@ -38,6 +39,7 @@ def grid(machine: Machine) -> Iterator[tuple]:
 
 
 def measure(machine: Machine) -> Iterator[dict]:
+    """Yields a row for each rung, headdim, mask and length, forward; none where the GPU is no Hopper."""
     if machine.dry_run or is_hopper():
         ladder = list(reversed(RUNGS))  # the top of the ladder first: it is put over the others
         for headdim, causal in itertools.product((64,) if machine.dry_run else (128, 64), (True, False)):
@@ -48,6 +50,7 @@ def measure(machine: Machine) -> Iterator[dict]:
 
 
 def is_hopper() -> bool:
+    """Whether the current GPU has compute capability 9.0."""
     return torch.cuda.get_device_capability() == (9, 0)
 
 

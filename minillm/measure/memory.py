@@ -92,6 +92,12 @@ def measure_memory(
         TypeError: function is not callable.
         ValueError: the device is neither a CPU nor a CUDA device.
         RuntimeError: another profile is running on this thread (CPU), or the allocator keeps no history (CUDA).
+
+    Example:
+        >>> x = torch.zeros(1000, 1000)
+        >>> report = measure_memory(lambda: (x + x).sum())
+        >>> report.largest_bytes, report.kept_bytes
+        (4000000, 4)
     """
     if not callable(function):
         raise TypeError(f"function is {type(function).__name__}, not something that can be called")
@@ -110,6 +116,12 @@ def record_peak(device: torch.device | str = "cpu") -> Iterator[list[int]]:
 
     Raises:
         ValueError, RuntimeError: as `measure_memory`.
+
+    Example:
+        >>> with record_peak() as peak:
+        ...     x = torch.zeros(1000)
+        >>> peak
+        [4000]
     """
     peak: list[int] = []
     with _recording(_recorder(_place(device, ()))) as events:
@@ -125,6 +137,10 @@ def format_bytes(size: float) -> str:
 
     Returns:
         Such as "4 MiB", "80.5 KiB", "1000 B".
+
+    Example:
+        >>> format_bytes(80.5 * 1024)
+        '80.5 KiB'
     """
     units = ["B", "KiB", "MiB", "GiB", "TiB"]
     while abs(size) >= 1024 and len(units) > 1:

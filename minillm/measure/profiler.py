@@ -132,6 +132,13 @@ def profile(
         log_latency: seconds of each call.
         log_memory: peak of what each phase allocates, to the byte. It slows the code down, so it is off.
         device: where the work runs.
+
+    Example:
+        >>> with profile() as report:
+        ...     with phase("decode", tokens=1, reads=lambda: Reads(weights=4_000_000)):
+        ...         pass
+        >>> report.phases["decode"].tokens, report.phases["decode"].reads
+        (1, [Reads(weights=4000000, cache=0)])
     """
     report = Profile(log_latency, log_memory, device)
     token = _current.set(report)

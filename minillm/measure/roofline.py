@@ -114,6 +114,10 @@ def ridge(gpu: GPU, dtype: str | None = None) -> float:
 
     Returns:
         FLOPs a byte. Below it, work is bound by memory; above it, by computing.
+
+    Example:
+        >>> round(ridge(GPUS["H100"]))
+        295
     """
     return gpu.flops(dtype) / gpu.bandwidth
 
@@ -131,6 +135,10 @@ def attainable(gpu: GPU, intensity: float, dtype: str | None = None) -> float:
 
     Raises:
         ValueError: intensity is negative.
+
+    Example:
+        >>> attainable(GPUS["H100"], intensity=1) / 1e12  # one operation a byte, as in decoding in bf16: TFLOP/s
+        3.35
     """
     _check_not_negative(intensity=intensity)
     return min(gpu.flops(dtype), intensity * gpu.bandwidth)
@@ -150,6 +158,11 @@ def time_bound(gpu: GPU, flops: float, nbytes: float, dtype: str | None = None) 
 
     Raises:
         ValueError: flops or nbytes is negative.
+
+    Example:
+        >>> seconds = time_bound(GPUS["H100"], flops=2e9, nbytes=2e9)  # one token by a billion weights in bf16
+        >>> f"{seconds * 1e3:.1f} ms"  # memory is the limit: computing takes 0.002 ms
+        '0.6 ms'
     """
     _check_not_negative(flops=flops, nbytes=nbytes)
     return max(flops / gpu.flops(dtype), nbytes / gpu.bandwidth)
@@ -186,6 +199,12 @@ def attention_flops(
         ValueError: a size is negative, or count is neither of the two.
 
     Source: ``flops`` in hopper/benchmark_attn.py of https://github.com/Dao-AILab/flash-attention («published»).
+
+    Example:
+        >>> attention_flops(batch=1, nheads=16, seqlen_q=1024, seqlen_k=1024, headdim=64) / 1e9
+        4.294967296
+        >>> attention_flops(batch=1, nheads=1, seqlen_q=1, seqlen_k=9, headdim=64, causal=True)  # sees all 9
+        2304
     """
     _check_not_negative(batch=batch, nheads=nheads, seqlen_q=seqlen_q, seqlen_k=seqlen_k, headdim=headdim)
     if count not in ("exact", "published"):

@@ -133,6 +133,14 @@ def count_traffic(sram: int | None = None) -> Iterator[Traffic]:
 
     Args:
         sram: bytes that one program may keep on the chip; tiles that do not fit raise ValueError. None: no limit.
+
+    Example:
+        >>> x = torch.zeros(64, 16)
+        >>> with count_traffic() as traffic:
+        ...     (rows,) = in_hbm(x=x)
+        ...     tile = rows.load(slice(0, 32))
+        >>> traffic.read["x"]  # 32 rows of 16 numbers of 4 bytes
+        2048
     """
     traffic = Traffic(sram)
     token = _current.set(traffic)
@@ -173,6 +181,10 @@ def count_operators(function: Callable, *args: Any, **kwargs: Any) -> list[tuple
 
     Returns:
         (operator, bytes read, bytes written) in the order of the calls.
+
+    Example:
+        >>> count_operators(lambda x: x.exp() + 1, torch.zeros(1000))
+        [('exp', 4000, 4000), ('add', 4000, 4000)]
     """
     with _Operators() as operators:
         function(*args, **kwargs)
