@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from course.lesson import assert_within_budget
 from kernels.flash_attention import Ragged
 from minillm.attention import naive_attention
+from minillm.measure.budget import assert_within_budget
 
 
 def random_qkv(

@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from kernels.hopper.compat import tma_load, tma_store
+from kernels.gluon_names import tma_load, tma_store
 
 
 @gluon.jit

@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
-from kernels.hopper.compat import allocate_barriers, tma_load, tma_store
+from kernels.gluon_names import allocate_barriers, tma_load, tma_store
 from kernels.hopper.tile import accumulator_layout, count_key_tiles, finish, mask_scores, softmax_step, store_lse
 
 PRODUCER_WARPS = gl.constexpr(1)

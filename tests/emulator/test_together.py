@@ -26,7 +26,7 @@ from kernels.emulator import (
     emulate,
 )
 from kernels.emulator.example import double_kernel
-from kernels.hopper.compat import allocate_barriers, tma_load, tma_store
+from kernels.gluon_names import allocate_barriers, tma_load, tma_store
 from tests.emulator.kernels import ROW, SHARED, SUMS, SWIZZLED, TILE, rows
 
 
