@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,7 +18,7 @@ from kernels.targets import target_of
 if TYPE_CHECKING:
     from triton.runtime.interpreter import InterpretedFunction
 
-COMPILE_ONLY = "KERNELS_COMPILE_ONLY"  # set by `kernels.inspection` for the child process that compiles
+COMPILE_ONLY = "KERNELS_COMPILE_ONLY"  # set by `kernels.compiling` for its child process
 
 
 @dataclass(frozen=True)
@@ -46,13 +45,21 @@ def triton_mode() -> TritonMode:
     return TritonMode("gpu", "{}, sm_{}{}".format(torch.cuda.get_device_name(), *capability))
 
 
-@cache
+_prepared: list[TritonMode] = []  # and no functools.cache: torch.compile would trace into the cached function
+
+
 def prepare() -> TritonMode:
-    """Makes `@triton.jit` mean what `triton_mode` decided. Call it before the first kernel is decorated.
+    """Makes `@triton.jit` compile or interpret, as `triton_mode` decides. Call it before the first kernel is decorated.
 
     Returns:
         The mode, decided once for the process.
     """
+    if not _prepared:
+        _prepared.append(_prepare())
+    return _prepared[0]
+
+
+def _prepare() -> TritonMode:
     if os.environ.get(COMPILE_ONLY) == "1":
         return TritonMode("none", "this process compiles kernels for other machines, and runs none")
     mode = triton_mode()

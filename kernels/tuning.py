@@ -142,8 +142,8 @@ KERNELS = ("forward", "backward_kv", "backward_q")
 
 # By tensor-core instruction, kernel and padded headdim. The tile that stays is as large as the registers let it be
 # (the accumulator is there), the tiles that come by as large as shared memory then allows. What
-# tests/kernels/test_inspection.py holds true is that the first choices spill nothing in the calls it names;
-# `make compile-matrix` shows more of them. Which is the fastest only a GPU can tell.
+# tests/kernels/test_compiling.py holds true is that the first choices spill nothing in the calls it names;
+# `make compile-table` shows more of them. Which is the fastest only a GPU can tell.
 CONFIGS: dict[str, dict[str, dict[int, list[Config]]]] = {
     "mma.sync": {
         "forward": {

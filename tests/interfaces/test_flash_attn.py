@@ -52,6 +52,20 @@ def test_the_arguments_are_flash_attns_and_a_backend_behind_them():
         assert ours.name == "backend" and ours.kind is ours.KEYWORD_ONLY
 
 
+@pytest.mark.skipif(MODE.name == "none", reason="no Triton: a compiled call of its kernel was not tried")
+def test_torch_compile_takes_a_call_in_one_piece_with_its_gradients():
+    def layer(q, k, v):
+        return flash_attn_func(2 * q, k, v, causal=True, backend="triton") + 1
+
+    q, k, v = (x.to(DEVICE).requires_grad_() for x in random_qkv((17, 20), (2, 1), 16))
+
+    def results(layer):
+        out = layer(q, k, v)
+        return out, *torch.autograd.grad(out.square().sum(), (q, k, v))
+
+    torch.testing.assert_close(results(torch.compile(layer, fullgraph=True, backend="aot_eager")), results(layer))
+
+
 def test_a_deterministic_call_gives_the_same_bits():
     q, k, v = (x.to(DEVICE).requires_grad_() for x in random_qkv((33, 65), (4, 1), 16))
 
