@@ -1,4 +1,4 @@
-"""Where Triton kernels run on this machine, and why; and a self-test of each place."""
+"""Where Triton kernels run on this machine (GPU or interpreter) and why; and a self-test of each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COMPILE_ONLY = "KERNELS_COMPILE_ONLY"  # set by `kernels.compiling` for its chil
 
 @dataclass(frozen=True)
 class TritonMode:
-    """Where a kernel runs: "gpu", "interpreter" (on the CPU, slowly) or "none"; and the reason in words."""
+    """Where a kernel runs: "gpu", "interpreter" (on the CPU, slowly) or "none"; and the reason."""
 
     name: Literal["gpu", "interpreter", "none"]
     reason: str
@@ -71,7 +71,7 @@ def _prepare() -> TritonMode:
 
 
 def _interpret_standard_library() -> None:
-    """tl.zeros, tl.sum and their kind are kernels too, decorated for a GPU where Triton came before the variable."""
+    """tl.zeros, tl.sum and others are jit functions too, decorated to compile if Triton was imported before."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
@@ -89,11 +89,11 @@ def _interpret_standard_library() -> None:
 
 @dataclass(frozen=True)
 class SelfTest:
-    """What a small matmul gave.
+    """The result of a small matmul.
 
     Args:
         ratios: for each precision the largest error over its budget; at most 1 is right, NaN is not.
-        failure: the last line of the error, where it did not run at all.
+        failure: the last line of the error if it did not run.
     """
 
     ratios: dict[str, float] = field(default_factory=dict)
@@ -117,14 +117,14 @@ class SelfTest:
 
 
 def self_test(mode: Literal["gpu", "interpreter"], timeout: float = 60.0) -> SelfTest:
-    """Runs `kernels.self_test` in a child process: about a second's work, and the imports.
+    """Runs `kernels.self_test` in a child process: about a second, and the imports.
 
     Args:
-        mode: "gpu", or "interpreter", whose bf16 is silently wrong: it keeps bf16 as uint16 and multiplies integers.
+        mode: "gpu", or "interpreter", whose bf16 is silently wrong: it stores bf16 as uint16 and multiplies integers.
         timeout: seconds.
 
     Returns:
-        The errors, or why there are none.
+        The errors, or the failure.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if mode == "interpreter":

@@ -1,4 +1,4 @@
-"""A small kernel to begin with: doubles a matrix, through shared memory, with both of the copy engine's directions."""
+"""A first kernel: doubles a matrix through shared memory, with TMA copies in both directions."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

@@ -2,11 +2,11 @@
 
 | rung | idea |
 |---|---|
-| `rung1_tma_wgmma.py` | the copy engine and the tensor cores, one after the other |
-| `rung2_pipelined.py` | copies run ahead, in a ring of tiles with mbarriers |
-| `rung3_specialized.py` | a producer and consumers by warp specialisation, with registers handed over |
+| `rung1_tma_wgmma.py` | TMA copies and WGMMA products, one after the other |
+| `rung2_pipelined.py` | copies run ahead, into a ring of tiles with mbarriers |
+| `rung3_specialized.py` | warp specialisation: a producer and consumers, with registers reallocated |
 
-`tile.py` has the arithmetic that all share, `launch.py` the call from Python, `jobs.py` the rungs as jobs for
+`tile.py` is the arithmetic that all share, `launch.py` the call from Python, `jobs.py` the rungs as jobs for
 `kernels.compiling`. `python -m kernels.hopper` runs each in the emulator and prints what it compiles to.
 
 Source:

@@ -1,4 +1,4 @@
-"""make bench-gpu without a GPU: every suite is walked through in the interpreter, and a failure stops no other suite."""
+"""make bench-gpu without a GPU: every suite runs in the interpreter, and a failure stops no other suite."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""What the emulator takes for Gluon's words, what it refuses, and what it says."""
+"""The emulator's `gl`, `tma` and `mbarrier` beside Gluon's: what they compute, what they refuse, and the messages."""
 
 import inspect
 import os
@@ -120,15 +120,15 @@ def test_a_function_may_be_called_through_its_module():
     assert out.item() == 3
 
 
-def test_words_name_their_arguments_as_gluon_does():
+def test_functions_name_their_arguments_as_gluon_does():
     modules = [(language.gl, gl), (language.mbarrier, mbarrier), (language.tma, tma), (language.hopper, hopper)]
     compared = 0
     for namespace, module in modules:
-        for name, word in namespace._members.items():
+        for name, function in namespace._members.items():
             real = getattr(getattr(module, name, None), "fn", getattr(module, name, None))
-            if inspect.isfunction(word) and inspect.isfunction(real):
+            if inspect.isfunction(function) and inspect.isfunction(real):
                 names = [n for n in inspect.signature(real).parameters if not n.startswith("_")]
-                ours = inspect.signature(word).parameters.values()
+                ours = inspect.signature(function).parameters.values()
                 by_place = [p.name for p in ours if p.kind is p.POSITIONAL_OR_KEYWORD]
                 others = {p.name for p in ours if p.kind is p.KEYWORD_ONLY}
                 if names != ["args", "kwargs"]:  # a name that triton 3.9 has removed
@@ -247,7 +247,7 @@ def aggregate_kernel(x_ptr):
 @gluon.jit
 def unknown_kernel(x_ptr, WHAT: gl.constexpr):
     x = gl.arange(0, 128, ROW)
-    if WHAT == "word":
+    if WHAT == "name":
         gl.histogram(x, 16)
     elif WHAT == "method":
         x.sum(0)
@@ -262,7 +262,7 @@ def unknown_kernel(x_ptr, WHAT: gl.constexpr):
 @pytest.mark.parametrize(
     "kernel, arguments, message",
     [
-        (unknown_kernel, ("word",), r"does not know gl\.histogram"),
+        (unknown_kernel, ("name",), r"does not know gl\.histogram"),
         (unknown_kernel, ("method",), r"no attribute 'sum'\n  test_language.py:\d+ in unknown_kernel: x\.sum\(0\)"),
         (
             unknown_kernel,
