@@ -16,7 +16,7 @@ LESSON_00 := /lab/tree/notebooks/00_start_here.ipynb
 # Jupyter refuses to start as root, who is the only user of most containers.
 ROOT_ARGS := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help lab test doctor setup gpu exercises grade bench train evaluate badges bench-gpu compile-matrix architecture clean
+.PHONY: help lab test doctor setup gpu exercises grade bench train evaluate badges bench-gpu compile-table architecture clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -62,8 +62,8 @@ badges: setup ## Open-in-Colab badges, once pyproject.toml has the repository's 
 bench-gpu: ## every GPU kernel checked and timed, into OUT; on a GPU machine, with the Python it has (ARGS=--dry-run: on a CPU)
 	@$(PYTHON) -m benchmarks.gpu $(if $(OUT),--out "$(OUT)") $(ARGS)
 
-compile-matrix: setup ## every kernel compiled for every GPU, without one: instructions, registers, spills, shared memory
-	@$(VENV) -m kernels.matrix $(ARGS)
+compile-table: setup ## every kernel compiled for every GPU, without one: instructions, registers, spills, shared memory
+	@$(VENV) -m kernels $(ARGS)
 
 architecture: setup ## docs/architecture.svg, the picture of the imports between folders, and the same as a table
 	@$(VENV) -m tools.architecture $(ARGS)

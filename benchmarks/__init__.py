@@ -1,1 +1,1 @@
-"""Measurements beside other people's code. `make bench-gpu` runs every suite in `suites/` on a GPU."""
+"""Our code measured beside other libraries. `make bench-gpu` runs every suite in `suites/` on a GPU."""

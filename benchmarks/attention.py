@@ -1,7 +1,7 @@
-"""Attention kernels beside other people's: as many queries as keys, 16k tokens, hidden size 2048, bf16.
+"""Attention kernels beside other libraries: as many queries as keys, 16k tokens, hidden size 2048, bf16.
 
-`compare` is what a suite calls; `PEERS` are the back ends of torch, and flash-attn, FlashAttention-3 and FlashInfer are
-taken in where they are installed.
+A suite calls `compare`. `PEERS` are the back ends of torch; flash-attn, FlashAttention-3 and FlashInfer are added where
+they are installed.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ PEERS = {
 def compare(
     machine: Machine, ours: dict[str, Attention], headdim: int, causal: bool, seqlen: int, *, backward: bool = False
 ) -> Iterator[dict]:
-    """A row of figures for the forward, and one for the backward where asked for.
+    """A row of figures for the forward, and one for the backward if `backward`.
 
     Args:
         machine: where. A dry run takes 32 tokens and two heads, whatever `seqlen` says.
-        ours: by name; the first one is put over each of the others.
+        ours: by name; the ratios are the first one over each of the others.
         headdim, causal, seqlen: of the case; batch and heads follow from 16k tokens and hidden size 2048.
 
     Yields:
         The case; TFLOP/s by name; ratios; the first one's shares of the measured matmul peak and copy bandwidth;
-        milliseconds by name; and why a peer cannot do it.
+        milliseconds by name; and the reason where a peer cannot run the case.
     """
     batch, seqlen, nheads = (1, 32, 2) if machine.dry_run else (TOKENS // seqlen, seqlen, HIDDEN // headdim)
     dtype = torch.float16 if machine.dry_run else torch.bfloat16
@@ -67,13 +67,13 @@ def compare(
 def able(
     made: Mapping[str, Callable[[], Callable[[], object]]], ours: dict[str, Attention]
 ) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
-    """Makes each call and tries it: a peer that cannot do this size or architecture is left out, and why is kept."""
+    """Makes and tries each call. A peer that fails at this size or architecture is left out, and its error is kept."""
     calls, unable = {}, {}
     for name, make in made.items():
         try:
             call = make()
             call()
-        except Exception as error:  # a peer's own affair: what it raises, when it compiles itself, is anybody's guess
+        except Exception as error:  # a peer may raise any type, also while it compiles itself
             if name in ours:
                 raise
             unable[name] = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -87,7 +87,7 @@ def _forward(function: Attention, qkv: list[Tensor]) -> Callable[[], object]:
 
 
 def _graph(function: Attention, qkv: list[Tensor], grad_out: Tensor) -> Callable[[], object]:
-    """The backward alone: the forward runs here, once, and its graph is kept."""
+    """The backward alone: the forward runs once, here, and its graph is kept."""
     leaves = [x.detach().requires_grad_() for x in qkv]
     return partial(torch.autograd.grad, function(*leaves), leaves, grad_out, retain_graph=True)
 
@@ -106,7 +106,7 @@ def _figures(machine: Machine, timings: dict[str, Timing], flops: float, moved: 
 
 
 def peers(machine: Machine, causal: bool) -> dict[str, Attention]:
-    """Other people's attention by name, as far as it is installed; on a CPU torch's alone."""
+    """The attention of other libraries that are installed, by name; on a CPU that of torch alone."""
     if machine.dry_run:
         return {"torch CPU": partial(_torch, None, causal)}
     found: dict[str, Attention] = {name: partial(_torch, backend, causal) for name, backend in PEERS.items()}
@@ -126,7 +126,7 @@ def _torch(backend: SDPBackend | None, causal: bool, q: Tensor, k: Tensor, v: Te
 
 def _flash_attn(function: Callable, causal: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     result = function(q, k, v, causal=causal)
-    return result[0] if isinstance(result, tuple) else result  # FlashAttention-3 returned the lse, too, at first
+    return result[0] if isinstance(result, tuple) else result  # early versions of FlashAttention-3 also return the lse
 
 
 def _flashinfer(function: Callable, causal: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -136,5 +136,5 @@ def _flashinfer(function: Callable, causal: bool, q: Tensor, k: Tensor, v: Tenso
 def _attribute(module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name, None)
-    except Exception:  # not installed, or built for another torch: its loader raises whatever it likes
+    except Exception:  # not installed, or built for another torch: its loader may raise any type
         return None

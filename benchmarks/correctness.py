@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from course.lesson import assert_within_budget
 from kernels.flash_attention import Ragged
 from minillm.attention import naive_attention
+from minillm.measure.budget import assert_within_budget
 
 
 def random_qkv(
@@ -38,7 +38,7 @@ def naive(q: Tensor, k: Tensor, v: Tensor, **options) -> Any:
 
 
 def naive_one_by_one(q: Tensor, k: Tensor, v: Tensor, ragged: Ragged, **options) -> tuple[Tensor, Tensor]:
-    """Each sequence of a ragged batch on its own, by the naive method."""
+    """The naive method on each sequence of a ragged batch."""
     bounds_q, bounds_k = (bounds.tolist() for bounds in ragged[:2])
     outs, lses = [], []
     for a, b, c, d in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:], strict=False):
@@ -56,7 +56,7 @@ def assert_right(
     Args:
         function: (q, k, v, **options) -> (out, lse), lse -inf where a row sees no key.
         qkv: the inputs.
-        naive: what it is compared with, called in the same way.
+        naive: the baseline, called in the same way.
         backward: also compare the gradients of q, k and v.
         options: `causal`, `window_size`, `softcap`, `softmax_scale`.
     """

@@ -2,12 +2,12 @@
 
 One model of 28 million parameters, the same weights everywhere, batch 1, greedy, fp32, after a prompt of 128 tokens:
 
-- floor: the weights of a step, streamed through bare `F.linear` calls, with nothing between; the same with each matrix
-  stored the other way round; and in 8 bits;
+- floor: the weights of a step, streamed through bare `F.linear` calls; the same with each matrix transposed in memory;
+  and in 8 bits;
 - ours: `TextGenerator`, and with weights="int8";
 - transformers: `generate` of Hugging Face's Llama, with SDPA and its dynamic cache.
 
-They take turns, and a ratio is formed within each turn. Only steps are timed: the clock starts after the prefill.
+They run in turns, and each ratio is taken within a turn. Only decode steps are timed, from the end of the prefill on.
 Then the prefill of 1,024 tokens; the rate over the length of the context: with a cache, without one, and transformers;
 and the tiled attention by its block size. Needs the extra `peers`.
 """
@@ -53,7 +53,7 @@ CONTEXTS = (64, 128, 256, 512, 1024, 2000)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--tokens", type=int, default=32, help="written in each turn")
+    parser.add_argument("--tokens", type=int, default=32, help="decoded in each turn")
     options = parser.parse_args()
     torch.manual_seed(0)
     model = MiniLLM(CONFIG).eval()
@@ -78,7 +78,7 @@ def measure_decode(model: MiniLLM, rounds: int, tokens: int) -> dict:
         "transformers": lambda: their_rate(theirs, ids, tokens),
     }
     results = take_turns(runs, rounds)
-    print(f"decode after {PROMPT} tokens: tokens/s, median of {rounds} turns (eight of ten lie between)")
+    print(f"decode after {PROMPT} tokens: tokens/s, median of {rounds} turns (10th to 90th percentile)")
     for name, figures in results.items():
         print(f"  {name:17} {in_words(spread(figures), '6.1f')}")
     ratios = {
@@ -169,7 +169,7 @@ def prompt(length: int) -> Tensor:
 
 
 def floor_rate(products: list[Callable[[], Tensor]], tokens: int) -> float:
-    """Steps a second of nothing but the products with weights."""
+    """Steps a second of the products with weights alone."""
     start = time.perf_counter()
     for _ in range(tokens):
         for product in products:
@@ -179,7 +179,7 @@ def floor_rate(products: list[Callable[[], Tensor]], tokens: int) -> float:
 
 @cache
 def linear_products(model: MiniLLM) -> list[Callable[[], Tensor]]:
-    """Those of a step: q, k and v as one matrix, gate and up as one."""
+    """The products of a step: q, k and v as one matrix, gate and up as one."""
     return [partial(F.linear, torch.randn(1, weight.shape[1]), weight) for weight in floor_weights(model)]
 
 
@@ -221,7 +221,7 @@ def our_rate(generator: TextGenerator, ids: Tensor, tokens: int) -> float:
 
 
 def their_rate(model, ids: Tensor, tokens: int) -> float:
-    """The same of transformers."""
+    """The same for transformers."""
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     clock = Clock()
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens + 1, do_sample=False, streamer=clock)
@@ -230,7 +230,7 @@ def their_rate(model, ids: Tensor, tokens: int) -> float:
 
 
 class Clock(BaseStreamer):
-    """A streamer of transformers that notes when each token is there."""
+    """A transformers streamer that records the time of each token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

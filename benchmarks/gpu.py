@@ -3,9 +3,9 @@
     python -m benchmarks.gpu --out FOLDER      needs a CUDA device, torch and triton, and nothing else
     python -m benchmarks.gpu --dry-run         walks through the suites on a CPU, in the interpreter, at tiny sizes
 
-Every suite runs in child processes with a time limit: one that fails, hangs or spoils its CUDA context is reported, and
-the others go on. Its checks run in several at a time, so that what they compile is compiled in parallel, and is in
-Triton's cache when the suite is timed.
+Every suite runs in child processes with a time limit: a suite that fails, hangs or corrupts its CUDA context is
+reported, and the others go on. The checks of a suite run in several processes at a time, so that kernels are compiled
+in parallel and are in Triton's cache when the suite is timed.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ NEEDS = (
     "Here: make bench-gpu ARGS=--dry-run           walks through every suite in the interpreter"
 )
 MAX_CHECKING = 8  # processes that check a suite at a time
-CHECKING_BYTES = 8 * 2**30  # what one of them may need: its CUDA context, and naive attention in float64
-CHECKING = 0.4  # the part of a suite's time that its checks may take
+CHECKING_BYTES = 8 * 2**30  # GPU memory of one of them: its CUDA context, and naive attention in float64
+CHECKING = 0.4  # share of a suite's time that its checks may take
 LESSON_SECONDS = 40.0
-SOFT = 0.85  # of a limit: no case is begun after it; at the limit itself the process is killed
+SOFT = 0.85  # share of a limit after which no case is begun; at the limit the process is killed
 
 
 @dataclass
-class Outcome:
-    """What became of a suite: how many checks passed, its rows, and what went wrong."""
+class SuiteResult:
+    """One suite: how many checks passed or were left out, its rows, and its failure (empty if none)."""
 
     name: str
     title: str = ""
@@ -67,19 +67,19 @@ def main() -> None:
     about = {**machine.describe(), "commit": arguments.commit or commit(), "dry_run": machine.dry_run}
     names = arguments.suite or suites.names()
     notebooks = lessons.notebooks_with_gpu_cells()
-    outcomes = []
+    results = []
     for number, name in enumerate(names):
         left = deadline - time.monotonic() - LESSON_SECONDS * len(notebooks)
-        outcomes.append(run_suite(name, left / (len(names) - number), arguments))
-        write(outcomes[-1], about, arguments.out or default_folder(about))
+        results.append(run_suite(name, left / (len(names) - number), arguments))
+        write(results[-1], about, arguments.out or default_folder(about))
     for path in notebooks:
         command = [sys.executable, "-m", "benchmarks.lessons", str(path)]
         start = time.monotonic()
         failure = supervise([command], LESSON_SECONDS, arguments.dry_run)[0]
         seconds = time.monotonic() - start
-        outcomes.append(Outcome(path.stem, "GPU cells of the lesson", failure=failure, seconds=seconds))
-    print(table(outcomes, machine))
-    sys.exit(any(outcome.failure for outcome in outcomes))
+        results.append(SuiteResult(path.stem, "GPU cells of the lesson", failure=failure, seconds=seconds))
+    print(table(results, machine))
+    sys.exit(any(result.failure for result in results))
 
 
 def parse() -> argparse.Namespace:
@@ -88,12 +88,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for the JSON files; benchmarks/results/<machine> if left out")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes in the interpreter, on a CPU")
     parser.add_argument("--suite", action="append", choices=suites.names(), help="only this one; may be repeated")
-    parser.add_argument(
-        "--minutes", type=float, default=7.5, help="for everything; what is not done by then is left out"
-    )
+    parser.add_argument("--minutes", type=float, default=7.5, help="for everything; what does not fit is left out")
     parser.add_argument("--whole-grid", action="store_true", help="check every case of the grids: half an hour more")
     parser.add_argument("--commit", help="of a copy without git")
-    parser.add_argument("--child", help=argparse.SUPPRESS)  # Task, as JSON
+    parser.add_argument("--child", help=argparse.SUPPRESS)  # a ChildRun, as JSON
     return parser.parse_args()
 
 
@@ -105,63 +103,63 @@ def what_is_missing() -> str:
     return "" if mode.name == "gpu" else mode.reason
 
 
-def run_suite(name: str, seconds: float, arguments: argparse.Namespace) -> Outcome:
+def run_suite(name: str, seconds: float, arguments: argparse.Namespace) -> SuiteResult:
     """Checks a suite, in several processes, then measures it in one more."""
     start = time.monotonic()
-    outcome = Outcome(name)
+    result = SuiteResult(name)
     if arguments.dry_run:
-        run_tasks(outcome, [Task(name, ["check", "measure"], seconds)], arguments)
+        run_children(result, [ChildRun(name, ["check", "measure"], seconds)], arguments)
     else:
         room = torch.cuda.get_device_properties(0).total_memory // CHECKING_BYTES
         parts = max(1, min(MAX_CHECKING, os.cpu_count() or 1, room))
         limit = 3600.0 if arguments.whole_grid else CHECKING * seconds
-        run_tasks(outcome, [Task(name, ["check"], limit, part, parts) for part in range(parts)], arguments)
-        if not outcome.failure:  # a kernel that is wrong has no speed
+        run_children(result, [ChildRun(name, ["check"], limit, part, parts) for part in range(parts)], arguments)
+        if not result.failure:  # the speed of a wrong kernel means nothing
             spent = 0.0 if arguments.whole_grid else time.monotonic() - start
-            run_tasks(outcome, [Task(name, ["measure"], seconds - spent)], arguments)
-    outcome.seconds = time.monotonic() - start
-    return outcome
+            run_children(result, [ChildRun(name, ["measure"], seconds - spent)], arguments)
+    result.seconds = time.monotonic() - start
+    return result
 
 
 @dataclass
-class Task:
-    """What a child process does: steps of a suite, in so many seconds; of its checks the part with this number."""
+class ChildRun:
+    """The work of one child process: steps of a suite within `seconds`, and which part of the checks is its own."""
 
     suite: str
     steps: list[str]
     seconds: float
     part: int = 0
     parts: int = 1
-    report: str = ""  # the file in which it says what it has done so far
+    progress: str = ""  # the file that holds its SuiteResult so far
 
 
-def run_tasks(outcome: Outcome, tasks: list[Task], arguments: argparse.Namespace) -> None:
-    """Runs tasks at the same time, each in a child process, and adds up what they report."""
-    print(f"—— {outcome.name}: {' and '.join(tasks[0].steps)} ——", flush=True)
+def run_children(result: SuiteResult, runs: list[ChildRun], arguments: argparse.Namespace) -> None:
+    """Starts a child process per run, all at the same time, and adds up their results."""
+    print(f"—— {result.name}: {' and '.join(runs[0].steps)} ——", flush=True)
     options = [name for name in ("--dry-run", "--whole-grid") if getattr(arguments, name[2:].replace("-", "_"))]
     with tempfile.TemporaryDirectory() as folder:
-        for task in tasks:
-            task.report = str(Path(folder, f"{task.part}.json"))
+        for run in runs:
+            run.progress = str(Path(folder, f"{run.part}.json"))
         commands = [
-            [sys.executable, "-m", "benchmarks.gpu", *options, "--child", json.dumps(asdict(task))] for task in tasks
+            [sys.executable, "-m", "benchmarks.gpu", *options, "--child", json.dumps(asdict(run))] for run in runs
         ]
-        failures = supervise(commands, tasks[0].seconds, arguments.dry_run)
-        for task, failure in zip(tasks, failures, strict=True):
-            found = Outcome(task.suite)
-            if Path(task.report).exists():
-                found = Outcome(**json.loads(Path(task.report).read_text()))
-            outcome.title = found.title or outcome.title
-            outcome.checked += found.checked
-            outcome.left_out += found.left_out
-            outcome.rows += found.rows
-            outcome.failure = outcome.failure or found.failure or failure
+        failures = supervise(commands, runs[0].seconds, arguments.dry_run)
+        for run, failure in zip(runs, failures, strict=True):
+            found = SuiteResult(run.suite)
+            if Path(run.progress).exists():
+                found = SuiteResult(**json.loads(Path(run.progress).read_text()))
+            result.title = found.title or result.title
+            result.checked += found.checked
+            result.left_out += found.left_out
+            result.rows += found.rows
+            result.failure = result.failure or found.failure or failure
 
 
 def supervise(commands: list[list[str]], seconds: float, dry_run: bool) -> list[str]:
-    """Runs commands at the same time, and kills what has not ended in time.
+    """Runs commands at the same time, and kills those that exceed the limit.
 
     Returns:
-        For each what went wrong: empty where it ended by itself, with 0.
+        For each command its failure, empty where it ended by itself with status 0.
     """
     environment = os.environ | ({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if dry_run else {})
     deadline = time.monotonic() + seconds
@@ -179,58 +177,58 @@ def supervise(commands: list[list[str]], seconds: float, dry_run: bool) -> list[
     finally:
         for child in children:
             if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)  # with the compilers that it has started
+                os.killpg(child.pid, signal.SIGKILL)  # and the compilers that it has started
                 child.wait()
     return failures
 
 
 def run_child(arguments: argparse.Namespace) -> bool:
-    """Does a task in the process that `run_tasks` started, and reports after each row. True where it failed."""
-    task = Task(**json.loads(arguments.child))
-    machine = Machine(arguments.dry_run, SOFT * task.seconds, arguments.whole_grid, (task.part, task.parts))
-    outcome = Outcome(task.suite)
+    """The child process: runs its steps, and saves the result after each row. True where it failed."""
+    run = ChildRun(**json.loads(arguments.child))
+    machine = Machine(arguments.dry_run, SOFT * run.seconds, arguments.whole_grid, (run.part, run.parts))
+    result = SuiteResult(run.suite)
 
-    def report() -> None:
-        outcome.left_out = machine.left_out
-        unfinished = Path(task.report).with_suffix(".part")
-        unfinished.write_text(json.dumps(asdict(outcome)))
-        unfinished.replace(task.report)
+    def save() -> None:
+        result.left_out = machine.left_out
+        unfinished = Path(run.progress).with_suffix(".part")
+        unfinished.write_text(json.dumps(asdict(result)))
+        unfinished.replace(run.progress)
 
     steps: dict[str, Callable] = {"check": check, "measure": measure}
-    for name in task.steps:
+    for name in run.steps:
         try:
-            steps[name](outcome, machine, report)
+            steps[name](result, machine, save)
         except Exception as error:
             traceback.print_exc()
-            outcome.failure = f"{name}: {type(error).__name__}: {error}".splitlines()[0]
+            result.failure = f"{name}: {type(error).__name__}: {error}".splitlines()[0]
             break
-    report()
-    return bool(outcome.failure)
+    save()
+    return bool(result.failure)
 
 
-def check(outcome: Outcome, machine: Machine, report: Callable[[], None]) -> None:
+def check(result: SuiteResult, machine: Machine, save: Callable[[], None]) -> None:
     """Runs a suite's comparisons and notes how many cases were right. Raises where one is wrong."""
-    suite = suites.load(outcome.name)
-    outcome.title = (suite.__doc__ or "").splitlines()[0]
-    outcome.checked = suite.check(machine)
-    report()
+    suite = suites.load(result.name)
+    result.title = (suite.__doc__ or "").splitlines()[0]
+    result.checked = suite.check(machine)
+    save()
 
 
-def measure(outcome: Outcome, machine: Machine, report: Callable[[], None]) -> None:
-    """Measures a suite and reports after each row, so that a timeout loses none."""
-    for row in suites.load(outcome.name).measure(machine):
-        outcome.rows.append(row)
+def measure(result: SuiteResult, machine: Machine, save: Callable[[], None]) -> None:
+    """Measures a suite and saves the result after each row, so that a timeout loses none."""
+    for row in suites.load(result.name).measure(machine):
+        result.rows.append(row)
         print(line(row), flush=True)
-        report()
+        save()
 
 
-def write(outcome: Outcome, about: dict, folder: Path) -> None:
-    """Writes an outcome as JSON, named after its suite, to a folder that is made where it is missing."""
+def write(result: SuiteResult, about: dict, folder: Path) -> None:
+    """Writes a result as JSON, named after its suite, to a folder that is made where it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    result = {"suite": outcome.name, "title": outcome.title, "machine": about, "checked": outcome.checked}
-    result |= {"checks left out": outcome.left_out, "failure": outcome.failure}
-    result |= {"seconds": round(outcome.seconds, 1), "rows": outcome.rows}
-    (folder / f"{outcome.name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    stored = {"suite": result.name, "title": result.title, "machine": about, "checked": result.checked}
+    stored |= {"checks left out": result.left_out, "failure": result.failure}
+    stored |= {"seconds": round(result.seconds, 1), "rows": result.rows}
+    (folder / f"{result.name}.json").write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
 
 
 def default_folder(about: dict) -> Path:
@@ -239,15 +237,15 @@ def default_folder(about: dict) -> Path:
     return ROOT / ("runs" if about["dry_run"] else "benchmarks/results") / kind.lower().replace(" ", "-")
 
 
-def table(outcomes: list[Outcome], machine: Machine) -> str:
-    """All rows of all suites, and what failed."""
+def table(results: list[SuiteResult], machine: Machine) -> str:
+    """All rows of all suites, and what failed, as text."""
     lines = [""]
-    for outcome in outcomes:
-        lines += [f"{outcome.name}: {outcome.title}"] + [f"  {line(row)}" for row in outcome.rows]
-        verdict = f"FAILED in {outcome.failure}" if outcome.failure else "ok"
-        left_out = f" ({outcome.left_out} more were left out: no time)" if outcome.left_out else ""
-        checked = f"{outcome.checked} checks{left_out}"
-        lines.append(f"  {verdict}, {checked}, {len(outcome.rows)} rows, {outcome.seconds:.0f} s")
+    for result in results:
+        lines += [f"{result.name}: {result.title}"] + [f"  {line(row)}" for row in result.rows]
+        verdict = f"FAILED in {result.failure}" if result.failure else "ok"
+        left_out = f" ({result.left_out} more were left out: no time)" if result.left_out else ""
+        checked = f"{result.checked} checks{left_out}"
+        lines.append(f"  {verdict}, {checked}, {len(result.rows)} rows, {result.seconds:.0f} s")
     if machine.dry_run:
         lines.append(
             "A dry run: checks and comparisons were walked through. Other libraries, the choice of tiles and the GPU's "
@@ -257,7 +255,7 @@ def table(outcomes: list[Outcome], machine: Machine) -> str:
 
 
 def line(row: dict) -> str:
-    """name=value pairs; three digits of a number are enough to read."""
+    """name=value pairs, with four significant digits."""
     shown = {key: value for key, value in row.items() if not isinstance(value, dict)}
     texts = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in shown.values())
     return "  ".join(f"{key}={text}" for key, text in zip(shown, texts, strict=True))

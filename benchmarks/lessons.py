@@ -1,4 +1,4 @@
-"""Runs the cells of a lesson that are tagged `gpu`, as plain Python: a GPU machine need not have Jupyter."""
+"""Runs the cells of a lesson that are tagged `gpu` as plain Python, so that the GPU machine needs no Jupyter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def gpu_cells(path: Path) -> list[str]:
 
 
 def run(path: Path) -> None:
-    """Executes the tagged cells in one namespace, in order; they import what they need themselves."""
+    """Executes the tagged cells in order, in one namespace; they import all that they use."""
     namespace: dict = {"__name__": path.stem}
     for number, source in enumerate(gpu_cells(path), start=1):
         exec(compile(source, f"{path.name}, GPU cell {number}", "exec"), namespace)

@@ -1,4 +1,4 @@
-"""The machine of a benchmark: what it is, and how functions are timed on it."""
+"""The machine of a benchmark: its description, and the timing of functions on it."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Machine:
     """Where suites run.
 
     Args:
-        dry_run: walk through everything in the interpreter, on the CPU, at tiny sizes: no figure means anything.
-        seconds: no new case is begun after them.
-        whole_grid: check all of a suite's grid, however long that takes.
-        part: which part of the checks is this process's, and how many parts there are.
-        left_out: how many checks of its part were not begun, because the time was over.
+        dry_run: run everything in the interpreter, on the CPU, at tiny sizes: no figure means anything.
+        seconds: the limit after which no case is begun.
+        whole_grid: check all of a suite's grid, without regard to time.
+        part: (number, parts): which part of the checks this process runs.
+        left_out: the number of its checks that were not begun, for lack of time.
     """
 
     dry_run: bool
@@ -61,11 +61,11 @@ class Machine:
         return time.monotonic() > self.started + self.seconds
 
     def share(self, cases: Iterable[Case], together: int = 1) -> Iterator[Case]:
-        """This process's part of the checks, until the time is over.
+        """This process's part of the checks, until its time is over.
 
         Args:
             cases: all of them, the most important ones first.
-            together: so many cases that stand together go to the same process: those that one compilation serves.
+            together: the number of consecutive cases that share a compilation, and go to the same process.
         """
         number, parts = self.part
         for i, case in enumerate(cases):
@@ -76,7 +76,7 @@ class Machine:
                     yield case
 
     def describe(self) -> dict[str, str]:
-        """Device, driver, versions and date, as they go into every result."""
+        """Device, driver, versions and date: a part of every stored result."""
         found = {"device": platform.processor() or platform.machine(), "driver": "none"}
         if not self.dry_run:
             query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -86,7 +86,7 @@ class Machine:
         return {**found, **versions, **cuda, "date": datetime.now(UTC).isoformat(timespec="seconds")}
 
     def time(self, functions: dict[str, Callable[[], object]]) -> dict[str, Timing]:
-        """Times functions in turns, so that all of them see the same machine; the cache is emptied before each call.
+        """Times functions in turns, so that all see the same machine; the L2 cache is flushed before each call.
 
         Args:
             functions: by name; each is called before it is timed.
@@ -95,17 +95,17 @@ class Machine:
             The timings by name.
         """
         for function in functions.values():
-            function()  # compiles, and fills what is made once
+            function()  # compiles, and fills caches
         once = sum(self._start(function)() for function in functions.values()) / 1000
         rounds = 1 if self.dry_run else max(5, min(MAX_ROUNDS, int(SECONDS_A_CASE / max(once, 1e-4))))
         turns = [(name, self._start(function)) for _ in range(rounds) for name, function in functions.items()]
         times: dict[str, list[float]] = {name: [] for name in functions}
-        for name, milliseconds in turns:  # read at the end: a GPU that waits for the host between two calls is idle
+        for name, milliseconds in turns:  # read at the end, so that the GPU does not idle between two calls
             times[name].append(milliseconds())
         return {name: _timing(found) for name, found in times.items()}
 
     def _start(self, function: Callable[[], object]) -> Callable[[], float]:
-        """Calls a function; what is returned waits for its end, and says how many milliseconds it took."""
+        """Calls a function, and returns a function that waits for its end and gives its milliseconds."""
         if self.dry_run:
             start = time.perf_counter()
             function()
@@ -129,14 +129,14 @@ class Machine:
 
     @cached_property
     def peak_flops(self) -> float:
-        """FLOP/s of a large bf16 matrix product on random data: what «share of peak» refers to."""
+        """FLOP/s of a large bf16 matrix product on random data: the 100% of "share of matmul peak"."""
         n = 64 if self.dry_run else 8192
         a, b = torch.randn(2, n, n, device=self.device).to(torch.float32 if self.dry_run else torch.bfloat16)
         return 2 * n**3 / self.time({"matmul": lambda: a @ b})["matmul"].median * 1000
 
     @cached_property
     def peak_bandwidth(self) -> float:
-        """Bytes/s of a copy from memory to memory, read and written both counted."""
+        """Bytes/s of a copy within GPU memory, reads and writes counted."""
         source = torch.empty(2**16 if self.dry_run else 2**32, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         return 2 * source.numel() / self.time({"copy": lambda: target.copy_(source)})["copy"].median * 1000
@@ -155,7 +155,7 @@ def _version(name: str) -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with a mark where files differ from it; "unknown" in a copy without git."""
+    """The checkout's commit, with "+changes" where files differ from it; "unknown" in a copy without git."""
     head = _first_line(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
     changed = _first_line(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
     return f"{head}+changes" if changed not in ("", "unknown") else head

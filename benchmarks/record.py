@@ -1,4 +1,4 @@
-"""What all benchmarks share: runs that take turns, ratios with their spread, and results with where they come from."""
+"""Shared by the CPU benchmarks: runs in turns, ratios with their spread, results stored with their origin."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from benchmarks.machine import ROOT, commit
 
 
 def take_turns(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Calls each run once a round, so that a noisy minute hits all of them; the first round warms up.
+    """Calls each run once a round, so that noise affects all of them; the first round is a warm-up.
 
     Args:
         runs: each returns its own figure, such as tokens/s.
-        rounds: how many count.
+        rounds: how many are recorded.
     """
     results: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
@@ -33,7 +33,7 @@ def take_turns(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str
 
 
 def spread(figures: list[float]) -> dict[str, float]:
-    """Median, and the range in which eight of ten lie."""
+    """The median, and the 10th and 90th percentile."""
     low, *_, high = quantiles(figures, n=10)
     return {"median": median(figures), "p10": low, "p90": high}
 
@@ -60,7 +60,7 @@ def save(name: str, figures: dict) -> Path:
 
 
 def device() -> str:
-    """The CPU's name and its number of cores in use."""
+    """The CPU's name and the number of threads in use."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
     return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"

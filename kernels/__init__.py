@@ -1,4 +1,4 @@
-"""GPU kernels in Triton and Gluon, and what runs or inspects them without a GPU.
+"""GPU kernels in Triton and Gluon, and tools that run and compile them without a GPU.
 
 Hugging Face publishes another package under this name, which transformers looks for at versions 0.18 and up to
 0.19. A version by date keeps ours clear of that; `make doctor` says which of the two an import finds.

@@ -1,4 +1,4 @@
-"""Where Triton kernels run on this machine, and why; and a self-test of each place."""
+"""Where Triton kernels run on this machine (GPU or interpreter) and why; and a self-test of each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,12 +18,12 @@ from kernels.targets import target_of
 if TYPE_CHECKING:
     from triton.runtime.interpreter import InterpretedFunction
 
-COMPILE_ONLY = "KERNELS_COMPILE_ONLY"  # set by `kernels.inspection` for the child process that compiles
+COMPILE_ONLY = "KERNELS_COMPILE_ONLY"  # set by `kernels.compiling` for its child process
 
 
 @dataclass(frozen=True)
 class TritonMode:
-    """Where a kernel runs: "gpu", "interpreter" (on the CPU, slowly) or "none"; and the reason in words."""
+    """Where a kernel runs: "gpu", "interpreter" (on the CPU, slowly) or "none"; and the reason."""
 
     name: Literal["gpu", "interpreter", "none"]
     reason: str
@@ -46,13 +45,21 @@ def triton_mode() -> TritonMode:
     return TritonMode("gpu", "{}, sm_{}{}".format(torch.cuda.get_device_name(), *capability))
 
 
-@cache
+_prepared: list[TritonMode] = []  # and no functools.cache: torch.compile would trace into the cached function
+
+
 def prepare() -> TritonMode:
-    """Makes `@triton.jit` mean what `triton_mode` decided. Call it before the first kernel is decorated.
+    """Makes `@triton.jit` compile or interpret, as `triton_mode` decides. Call it before the first kernel is decorated.
 
     Returns:
         The mode, decided once for the process.
     """
+    if not _prepared:
+        _prepared.append(_prepare())
+    return _prepared[0]
+
+
+def _prepare() -> TritonMode:
     if os.environ.get(COMPILE_ONLY) == "1":
         return TritonMode("none", "this process compiles kernels for other machines, and runs none")
     mode = triton_mode()
@@ -64,7 +71,7 @@ def prepare() -> TritonMode:
 
 
 def _interpret_standard_library() -> None:
-    """tl.zeros, tl.sum and their kind are kernels too, decorated for a GPU where Triton came before the variable."""
+    """tl.zeros, tl.sum and others are jit functions too, decorated to compile if Triton was imported before."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
@@ -82,11 +89,11 @@ def _interpret_standard_library() -> None:
 
 @dataclass(frozen=True)
 class SelfTest:
-    """What a small matmul gave.
+    """The result of a small matmul.
 
     Args:
         ratios: for each precision the largest error over its budget; at most 1 is right, NaN is not.
-        failure: the last line of the error, where it did not run at all.
+        failure: the last line of the error if it did not run.
     """
 
     ratios: dict[str, float] = field(default_factory=dict)
@@ -110,14 +117,14 @@ class SelfTest:
 
 
 def self_test(mode: Literal["gpu", "interpreter"], timeout: float = 60.0) -> SelfTest:
-    """Runs `kernels.self_test` in a child process: about a second's work, and the imports.
+    """Runs `kernels.self_test` in a child process: about a second, and the imports.
 
     Args:
-        mode: "gpu", or "interpreter", whose bf16 is silently wrong: it keeps bf16 as uint16 and multiplies integers.
+        mode: "gpu", or "interpreter", whose bf16 is silently wrong: it stores bf16 as uint16 and multiplies integers.
         timeout: seconds.
 
     Returns:
-        The errors, or why there are none.
+        The errors, or the failure.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if mode == "interpreter":

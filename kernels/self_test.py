@@ -1,8 +1,8 @@
-"""One small Triton matmul in each precision, judged against float64. `kernels.runtime` runs it in a child process.
+"""One small Triton matmul in each precision, compared with float64. `kernels.runtime` runs it in a child process.
 
     TRITON_INTERPRET=1 python -m kernels.self_test cpu
 
-A process of its own, because Triton reads TRITON_INTERPRET when a kernel is decorated, that is, on import.
+It needs its own process, because Triton reads TRITON_INTERPRET when a kernel is decorated, on import.
 """
 
 from __future__ import annotations

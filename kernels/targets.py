@@ -1,4 +1,4 @@
-"""The GPUs that kernels are compiled for: what one multiprocessor has, by compute capability."""
+"""The GPUs that kernels are compiled for: the limits of a multiprocessor, by compute capability."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 
 class Target(NamedTuple):
-    """Limits of a multiprocessor, and the instruction that its tensor cores take.
+    """The limits of a multiprocessor, and its tensor-core instruction.
 
     Args:
         capability: compute capability.
         instruction: "mma.sync" (a warp), "wgmma" (four warps, from shared memory) or "tcgen05" (one thread starts it).
-        shared_kib: shared memory that one program may have, KiB; the multiprocessor has 1 KiB more.
-        warps, programs: that can be on one multiprocessor at a time.
+        shared_kib: shared memory of one program at most, KiB; the multiprocessor has 1 KiB more.
+        warps, programs: resident on a multiprocessor at most.
     """
 
     capability: tuple[int, int]
@@ -22,9 +22,9 @@ class Target(NamedTuple):
     programs: int
 
 
-REGISTERS = 65536  # of 32 bits, in a multiprocessor of any of them
+REGISTERS = 65536  # of 32 bits, in a multiprocessor of each of them
 
-# CUDA C++ Programming Guide, table «Technical Specifications per Compute Capability».
+# CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability".
 TARGETS = {
     "sm_80": Target((8, 0), "mma.sync", 163, 64, 32),  # A100
     "sm_86": Target((8, 6), "mma.sync", 99, 48, 16),  # RTX 30

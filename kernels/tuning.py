@@ -1,7 +1,7 @@
-"""Tile sizes, warps and stages of the Triton kernels: a few reasoned choices for each kind of GPU.
+"""Tile sizes, warps and stages of the Triton kernels: a few reasoned candidates for each kind of GPU.
 
-The first choice that fits is taken, so that a call compiles once, and gives the same bits every time. `tune` times
-all of them on the GPU at hand and keeps the fastest; `chosen` says which ones are in use.
+The first candidate that fits is used, so that a call compiles once and gives the same bits every time. `tune` times all
+of them on this GPU and keeps the fastest; `chosen` lists those in use.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Config(NamedTuple):
         block_q, block_k: queries and keys in a tile.
         warps: of 32 threads, in a program. Hopper's tensor-core instruction wants them in groups of four, and 64 rows
             for each group.
-        stages: tiles that are in shared memory at a time, one in use and the others on their way.
+        stages: tiles in shared memory at a time, one in use and the others being copied.
     """
 
     block_q: int
@@ -39,8 +39,8 @@ class Config(NamedTuple):
     def shared_bytes(self, kernel: str, headdim: int, itemsize: int) -> int:
         """An upper bound of the shared memory that a program needs.
 
-        The tiles that stay, of which the backward has two; those that come by, a pair in each stage, and in the
-        backward one pair more, which are turned there; and 2 KiB for barriers and small rows.
+        The tiles that stay, of which the backward has two; those of the loop, a pair per stage, and in the backward one
+        more pair for their transposes; and 2 KiB for barriers and rows.
         """
         staying, passing = (self.block_k, self.block_q) if kernel == "backward_kv" else (self.block_q, self.block_k)
         more = 0 if kernel == "forward" else staying + 2 * passing
@@ -48,27 +48,27 @@ class Config(NamedTuple):
 
 
 def padded(headdim: int) -> int:
-    """The headdim as a kernel has it: tl.arange wants a power of two, and tl.dot 16 at least."""
+    """The headdim of a tile: tl.arange needs a power of two, and tl.dot at least 16."""
     return max(16, 1 << (headdim - 1).bit_length())
 
 
-# The interpreter runs operations one after another, and a large one costs little more than a small one: large tiles,
-# though more than one of them where heads are small. It does not know warps and stages.
+# In the interpreter an operation on a large tile costs little more than on a small one: large tiles, though several of
+# them per sequence where heads are small. It ignores warps and stages.
 INTERPRETER, INTERPRETER_WIDE = Config(128, 64, 4, 1), Config(256, 128, 4, 1)
-# fp32 without TF32 has no tensor cores, and its products are unrolled into single instructions: small tiles, or they
-# spill, and take minutes to compile. By padded headdim.
+# fp32 without TF32 uses no tensor cores, and its products are unrolled into single instructions: larger tiles spill and
+# take minutes to compile. By padded headdim.
 FULL_PRECISION = {64: Config(16, 16, 4, 1), 128: Config(16, 16, 4, 1), 256: Config(16, 16, 8, 1)}
 
 
 def candidates(kernel: str, headdim: int, dtype: torch.dtype, target: str, window: bool = False) -> list[Config]:
-    """The configurations for a kernel, the first choice first, less those that need too much shared memory.
+    """The configurations for a kernel, the best guess first, without those that need too much shared memory.
 
     Args:
         kernel: "forward", "backward_kv" or "backward_q".
         headdim: of the tensors.
         dtype: fp16, bf16 or fp32.
         target: one of `kernels.targets`.
-        window: whether queries see no more than so many keys to their left.
+        window: whether the window has a left end.
     """
     instruction = TARGETS[target].instruction
     if dtype == torch.float32:
@@ -76,7 +76,7 @@ def candidates(kernel: str, headdim: int, dtype: torch.dtype, target: str, windo
     else:
         configs = CONFIGS[instruction][kernel][max(64, padded(headdim))]
         if instruction == "wgmma" and kernel != "backward_kv" and (window or headdim != padded(headdim)):
-            # The masks of a window's left end, and of dimensions that fill up to a power of two, need registers too.
+            # The masks of a window's left end and of padded dimensions need registers too.
             configs = [config._replace(block_k=config.block_k // 2) for config in configs]
     limit = TARGETS[target].shared_kib * 1024
     return [config for config in configs if config.shared_bytes(kernel, headdim, dtype.itemsize) <= limit]
@@ -95,13 +95,13 @@ def choice(kernel: str, headdim: int, dtype: torch.dtype, window: bool = False) 
 
 
 def chosen(headdim: int, dtype: torch.dtype) -> dict[str, str]:
-    """The choices in words, by kernel, such as {"forward": "128 × 64 tiles, 8 warps, 3 stages"}."""
+    """The configurations in use as text, by kernel, such as {"forward": "128 × 64 tiles, 8 warps, 3 stages"}."""
     return {kernel: "{} × {} tiles, {} warps, {} stages".format(*choice(kernel, headdim, dtype)) for kernel in KERNELS}
 
 
 @contextmanager
 def using(kernel: str, headdim: int, dtype: torch.dtype, config: Config) -> Iterator[None]:
-    """Takes a configuration for as long as the block lasts, with a window and without."""
+    """Uses a configuration inside the `with` block, with a window and without."""
     before = dict(_tuned)
     _tuned.update({(kernel, headdim, dtype, window): config for window in (False, True)})
     try:
@@ -114,7 +114,7 @@ def using(kernel: str, headdim: int, dtype: torch.dtype, config: Config) -> Iter
 def tune(kernel: str, headdim: int, dtype: torch.dtype, run: Callable[[], object]) -> Config:
     """Times every candidate on this GPU and keeps the fastest for all later calls without a window.
 
-    The interpreter has only one.
+    In the interpreter there is only one.
 
     Args:
         kernel, headdim, dtype: as in `candidates`.
@@ -140,10 +140,10 @@ def this_gpu() -> str:
 
 KERNELS = ("forward", "backward_kv", "backward_q")
 
-# By tensor-core instruction, kernel and padded headdim. The tile that stays is as large as the registers let it be
-# (the accumulator is there), the tiles that come by as large as shared memory then allows. What
-# tests/kernels/test_inspection.py holds true is that the first choices spill nothing in the calls it names;
-# `make compile-matrix` shows more of them. Which is the fastest only a GPU can tell.
+# By tensor-core instruction, kernel and padded headdim. The tile that stays is as large as the registers allow
+# (they hold the accumulator), the tiles of the loop as large as shared memory then allows.
+# tests/kernels/test_compiling.py asserts that the first candidates spill nothing in the calls it names; `make
+# compile-table` shows more. Which one is the fastest has to be measured on a GPU.
 CONFIGS: dict[str, dict[str, dict[int, list[Config]]]] = {
     "mma.sync": {
         "forward": {

@@ -2,11 +2,11 @@
 
 A suite has a docstring, whose first line is its title in the table, and two functions:
 
-    check(machine) -> int               compares the cases that `machine.share` hands out with float64 under the error
-                                        budget; how many; raises where wrong
-    measure(machine) -> Iterator[dict]  yields one row of figures a case, plain numbers and strings
+    check(machine) -> int               compares the cases from `machine.share` with float64 under the error budget;
+                                        returns their number, raises AssertionError for a wrong result
+    measure(machine) -> Iterator[dict]  yields a row of figures per case, plain numbers and strings
 
-`benchmarks.machine.Machine` says where it runs, how large cases shall be, and times functions against each other.
+`benchmarks.machine.Machine` has the device, the time limit and the timing of functions in turns.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ from benchmarks.attention import HIDDEN, SEQLENS, Attention, compare
 from benchmarks.correctness import assert_right, naive_one_by_one, random_qkv, random_ragged
 from benchmarks.machine import Machine
 from kernels import tuning
-from kernels.flash_attention import flash_attention, flash_attn_func
+from kernels.flash_attention import flash_attention
 
-HEADDIMS = (128, 256, 64)  # the first one first, should the time be short
+HEADDIMS = (128, 256, 64)  # in order of importance: the time may not suffice for all
 
 # flash-attn's test grid.
 GRID_SEQLENS = (
@@ -33,10 +33,10 @@ RAGGED = [(113, 0), (1, 217), (0, 5), (64, 64), (1023, 1024), (512, 300)]  # (qu
 
 
 class Case(NamedTuple):
-    """What one compilation of the kernels serves, and the lengths to try it with.
+    """One compilation of the kernels, and the lengths to run it with.
 
     Args:
-        tiles: number of the candidate in `kernels.tuning`.
+        tiles: index of the candidate in `kernels.tuning`.
         layout: "padded"; "ragged", with the lengths of RAGGED; or "gaps": padded, with NaN between rows and heads.
     """
 
@@ -76,7 +76,7 @@ def check_one(case: Case, seqlens: tuple[int, int], device: str, batch: int) -> 
 
 
 def among_nan(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor]:
-    """The same with tensors that are parts of larger ones: what lies around them must not be read."""
+    """The same with tensors that are views into larger ones full of NaN, which must not be read."""
 
     def inside(x: Tensor) -> Tensor:
         rows, heads, headdim = x.shape[1:]
@@ -86,7 +86,7 @@ def among_nan(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tenso
 
 
 def tiles(case: Case) -> ExitStack:
-    """The case's candidate for as long as the stack is open; a kernel that has fewer takes its last one."""
+    """The case's candidate while the stack is open; a kernel with fewer candidates takes its last one."""
     stack = ExitStack()
     if case.tiles:
         for kernel in tuning.KERNELS:
@@ -97,7 +97,7 @@ def tiles(case: Case) -> ExitStack:
 
 
 def grid(machine: Machine) -> Iterator[Case]:
-    """All of flash-attn's grid, or what is timed, with all tiles that are tried, and then a walk through the rest."""
+    """What is timed, with every candidate; then flash-attn's grid, all of it with `whole_grid`, else a sample."""
     if machine.dry_run:
         yield Case(torch.float16, (4, 2), True, False, 16, ((40, 50),))
         yield Case(torch.float16, (4, 2), True, False, 16, ((40, 50),), layout="gaps")
@@ -122,7 +122,7 @@ def grid(machine: Machine) -> Iterator[Case]:
 def measure(machine: Machine) -> Iterator[dict]:
     """Yields a row for each headdim, mask and length, forward and backward, with the tiles that tuning chose."""
     for headdim, causal in itertools.product(HEADDIMS[-1:] if machine.dry_run else HEADDIMS, (True, False)):
-        ours: dict[str, Attention] = {"ours": partial(flash_attn_func, causal=causal)}
+        ours: dict[str, Attention] = {"ours": partial(forward, causal=causal)}
         if not machine.out_of_time():
             tune(machine, headdim, causal)
         for seqlen in SEQLENS[-1:] if machine.dry_run else SEQLENS:
@@ -131,14 +131,19 @@ def measure(machine: Machine) -> Iterator[dict]:
                     yield row | tuning.chosen(headdim, torch.bfloat16)
 
 
+def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """The kernels, as `compare` calls them."""
+    return flash_attention(q, k, v, causal=causal)[0]
+
+
 def tune(machine: Machine, headdim: int, causal: bool) -> None:
-    """Picks the fastest tiles for long sequences; all later calls with this headdim take them."""
+    """Picks the fastest tiles for long sequences; all later calls with this headdim use them."""
     seqlen, nheads = (32, 2) if machine.dry_run else (SEQLENS[0], HIDDEN // headdim)
     dtype = torch.float16 if machine.dry_run else torch.bfloat16
     leaves = random_qkv((seqlen, seqlen), (nheads, nheads), headdim, dtype, machine.device)
     q, k, v = (x.requires_grad_() for x in leaves)
-    out = flash_attn_func(q, k, v, causal=causal)
+    out = forward(q, k, v, causal)
     backward: Callable = partial(torch.autograd.grad, out, leaves, torch.randn_like(out), retain_graph=True)
-    tuning.tune("forward", headdim, dtype, partial(flash_attn_func, q, k, v, causal=causal))
+    tuning.tune("forward", headdim, dtype, partial(forward, q, k, v, causal))
     tuning.tune("backward_kv", headdim, dtype, backward)
     tuning.tune("backward_q", headdim, dtype, backward)

@@ -1,4 +1,4 @@
-"""FlashAttention-3's ladder in Gluon, rung by rung, forward, at 16k tokens and hidden size 2048 (Hopper alone)."""
+"""FlashAttention-3's ladder in Gluon, rung by rung, forward, at 16k tokens and hidden size 2048 (Hopper only)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check(machine: Machine) -> int:
 
 
 def grid(machine: Machine) -> Iterator[tuple]:
-    """(rung, dtype, heads, causal, headdim, seqlens); nothing where the GPU is no Hopper."""
+    """(rung, dtype, heads, causal, headdim, seqlens); empty where the GPU is not a Hopper."""
     if machine.dry_run:
         yield from ((rung, torch.float16, (2, 1), True, 64, (40, 50)) for rung in RUNGS)
     elif is_hopper():
@@ -41,7 +41,7 @@ def grid(machine: Machine) -> Iterator[tuple]:
 def measure(machine: Machine) -> Iterator[dict]:
     """Yields a row for each rung, headdim, mask and length, forward; none where the GPU is no Hopper."""
     if machine.dry_run or is_hopper():
-        ladder = list(reversed(RUNGS))  # the top of the ladder first: it is put over the others
+        ladder = list(reversed(RUNGS))  # the top of the ladder first: ratios are the first over the others
         for headdim, causal in itertools.product((64,) if machine.dry_run else (128, 64), (True, False)):
             ours: dict[str, Attention] = {rung: _attention(rung, causal) for rung in ladder}
             for seqlen in SEQLENS[-1:] if machine.dry_run else SEQLENS:

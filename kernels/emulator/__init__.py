@@ -1,4 +1,4 @@
-"""Gluon's Hopper subset on a CPU: `@gluon.jit` kernels run as they are, and their races and deadlocks are named.
+"""Gluon's Hopper subset on a CPU: runs `@gluon.jit` kernels unchanged, and reports their races and deadlocks.
 
     from kernels.emulator import emulate
     emulate(kernel, (4, 1, 1), q_desc, …, num_warps=8)                # as kernel[(4, 1, 1)](q_desc, …, num_warps=8)
@@ -6,16 +6,16 @@
 
 | file | idea |
 |---|---|
-| `launch.py` | the same source, run by Python with other globals |
-| `values.py` | what is in registers: types, layouts |
-| `arithmetic.py` | the words that compute |
-| `memory.py` | shared memory, and who touched it |
-| `order.py` | who knows of what: what a race is |
+| `launch.py` | the kernel's own code, run with other globals |
+| `values.py` | values in registers: types, layouts |
+| `arithmetic.py` | functions that compute |
+| `memory.py` | shared memory, and the accesses to it |
+| `order.py` | vector clocks: what a race is |
 | `barriers.py` | mbarriers: arrivals, bytes, phases |
-| `units.py` | the engines that work by themselves: TMA, WGMMA |
-| `scheduler.py` | partitions of warps, and who runs next |
-| `language.py` | the words of `gl`, `tma`, `mbarrier`, by name |
-| `reports.py` | what can be wrong, and how it is said |
+| `units.py` | the asynchronous engines: TMA, WGMMA |
+| `scheduler.py` | partitions of warps, and which runs next |
+| `language.py` | the emulator's `gl`, `tma`, `mbarrier`, `hopper` |
+| `reports.py` | the reports, by kind of fault |
 """
 
 from kernels.emulator.launch import Run, emulate

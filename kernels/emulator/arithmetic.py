@@ -1,4 +1,4 @@
-"""The words that compute: tensors made, combined, reduced, loaded and stored through pointers."""
+"""The functions of `gl` that compute: create, combine and reduce tensors, load and store through pointers."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def cdiv(x: Any, div: Any) -> Any:
 
 
 def minimum(x: Any, y: Any) -> Any:
-    """Where one is NaN the other is taken, as on the GPU."""
+    """Where one operand is NaN the result is the other, as on the GPU."""
     return binary(torch.fmin, x, y) if isinstance(x, Value) or isinstance(y, Value) else min(x, y)
 
 
 def maximum(x: Any, y: Any) -> Any:
-    """Where one is NaN the other is taken, as on the GPU."""
+    """Where one operand is NaN the result is the other, as on the GPU."""
     return binary(torch.fmax, x, y) if isinstance(x, Value) or isinstance(y, Value) else max(x, y)
 
 
@@ -102,12 +102,12 @@ def total(x: torch.Tensor, axis: int) -> torch.Tensor:
 
 
 def largest(x: torch.Tensor, axis: int) -> torch.Tensor:
-    """NaN loses against any number, as on the GPU."""
+    """Ignores NaN, as on the GPU."""
     return torch.where(x.isnan(), -torch.inf, x).amax(axis) if x.dtype.is_floating_point else x.amax(axis)
 
 
 def smallest(x: torch.Tensor, axis: int) -> torch.Tensor:
-    """NaN loses against any number, as on the GPU."""
+    """Ignores NaN, as on the GPU."""
     return torch.where(x.isnan(), torch.inf, x).amin(axis) if x.dtype.is_floating_point else x.amin(axis)
 
 

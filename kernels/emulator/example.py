@@ -1,10 +1,10 @@
-"""A small kernel to begin with: doubles a matrix, through shared memory, with both of the copy engine's directions."""
+"""A first kernel: doubles a matrix through shared memory, with TMA copies in both directions."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from kernels.hopper.compat import tma_load, tma_store
+from kernels.gluon_names import tma_load, tma_store
 
 
 @gluon.jit

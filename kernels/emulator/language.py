@@ -1,4 +1,4 @@
-"""Gluon's words, as the emulator says them: what stands in a kernel's globals for `gl`, `tma` and `mbarrier`."""
+"""The emulator's `gl`, `tma`, `mbarrier` and `hopper`: they replace Gluon's in a kernel's globals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SM_REGISTERS = 65536
 
 
 class Namespace:
-    """Stands for a module of Gluon. What it lacks raises `NotModelled` by name, when it is used."""
+    """Replaces a module of Gluon. A name that it lacks raises `NotModelled` on access."""
 
     def __init__(self, name: str, members: dict[str, Any]):
         self._name, self._members = name, members
@@ -61,14 +61,14 @@ def block_barrier(*, cluster: bool = False) -> None:
 
 
 def kernel_range(*bounds: Any) -> Any:
-    """`range` in a kernel: its numbers are known only when the kernel runs."""
+    """`range` in a kernel: it yields run-time scalars."""
     return map(scalar, range(*(int(bound) for bound in bounds)))
 
 
 def warp_specialize(
     functions_and_args: list, worker_num_warps: list[int], worker_num_regs: list[int] | None = None
 ) -> Any:
-    """Runs the first function by the warps that are here and each other one by warps of its own, at the same time."""
+    """Runs the first function by the current warps and each other one by warps of its own, concurrently."""
     me, parts = current(), functions_and_args
     if len(me.program.partitions) > 1:
         raise bad_layout("warp_specialize inside warp_specialize")
@@ -96,7 +96,7 @@ def _flat(x: Any) -> list:
 
 
 def _check_registers(num_warps: int, worker_num_warps: list[int], worker_num_regs: list[int]) -> None:
-    """Registers are handed out by warpgroups of 4 warps; the first partition gets what the workers leave."""
+    """Registers are allocated per warpgroup of 4 warps; the first partition gets what the workers leave."""
     for registers in worker_num_regs:
         if registers % 8 or not FEWEST_REGISTERS <= registers <= MOST_REGISTERS:
             raise bad_layout(f"{registers} registers for a worker", "setmaxnreg takes 24 to 256, in steps of 8")
@@ -153,7 +153,7 @@ MemDesc._keep_alive = smem_free  # type: ignore[attr-defined]
 def fence_async_shared(cluster: bool = False) -> None:
     me = current()
     me.event("fence_async_shared")
-    me.knowledge.fence()
+    me.clock.fence()
 
 
 # ---- barriers ----
@@ -180,14 +180,14 @@ def barrier_expect(mbarrier: MemDesc, bytes_per_cta: int = 0, pred: Any = True, 
     if pred:
         me, nbytes = current(), int(bytes_per_cta) or int(bytes)
         access = me.access(f"expect {nbytes} bytes at {mbarrier.label}", write=False)
-        mbarrier.barrier(access).expect(nbytes, me.knowledge, access.event)
+        mbarrier.barrier(access).expect(nbytes, me.clock, access.event)
 
 
 def barrier_arrive(mbarrier: MemDesc, *, count: int = 1, pred: Any = True) -> None:
     if pred:
         me = current()
         access = me.access(f"arrive at {mbarrier.label}", write=False)
-        mbarrier.barrier(access).arrive(int(count), me.knowledge, access.event)
+        mbarrier.barrier(access).arrive(int(count), me.clock, access.event)
 
 
 def barrier_wait(mbarrier: MemDesc, phase: Any, pred: Any = True, deps: tuple = ()) -> None:
@@ -203,7 +203,7 @@ def barrier_wait(mbarrier: MemDesc, phase: Any, pred: Any = True, deps: tuple = 
     else:
         me.wait(lambda: found.is_complete(parity), event, f"{mbarrier.label}, phase {parity}", found)
     found.seen = True
-    me.knowledge.join(found.released)
+    me.clock.join(found.released)
 
 
 def allocate_mbarrier(batch: int | None = None, two_ctas: bool = False) -> MemDesc:
@@ -245,7 +245,7 @@ def warpgroup_mma_wait(num_outstanding: int = 0, deps: Any = None) -> Any:
     return units.wait_for_products(current(), int(num_outstanding), tuple(deps))
 
 
-# ---- the words themselves ----
+# ---- the modules ----
 
 
 # fmt: off

@@ -1,4 +1,4 @@
-"""Runs a Gluon kernel's own Python source: the same code object, with the emulator's words in its globals."""
+"""Runs a Gluon kernel's own Python code: the same code object, with the emulator's functions in its globals."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Run:
     """What a launch did.
 
     Args:
-        programs: blocks of threads that were run, in one interleaving.
-        interleavings: how many times each was run: once, and `explore` times more.
-        different: how many of those orders differ.
+        programs: blocks of threads, per interleaving.
+        interleavings: how often each ran: once, and `explore` times more.
+        different: the number of distinct orders among them.
     """
 
     programs: int
@@ -45,16 +45,16 @@ def emulate(
 
     Args:
         kernel: a `@gluon.jit` function.
-        grid: programs in up to three directions.
+        grid: programs along up to three axes.
         args, named: as the kernel takes them: CPU tensors, `TensorDescriptor`s of CPU tensors, numbers.
         num_warps: of the whole block, or of the first partition; a kernel's parameter of that name gets it too.
         explore: how many other interleavings to run, after the plain one.
         seed: of those interleavings: the same seed gives the same ones.
 
     Raises:
-        Report: what is wrong with the kernel: `Race`, `Deadlock`, `MissingFence` and others. Tensors that another
-            interleaving leaves otherwise are a `Race` too.
-        NotModelled: where the kernel uses what the emulator does not know.
+        Report: a fault in the kernel: `Race`, `Deadlock`, `MissingFence` and others. A result that differs in another
+            interleaving is a `Race` too.
+        NotModelled: where the kernel uses what the emulator does not model.
         TypeError: where the kernel is no `@gluon.jit` function, or the arguments do not fit it.
     """
     if not isinstance(kernel, GluonJITFunction):
@@ -82,7 +82,7 @@ def emulate(
 
 
 def _run_grid(body: Callable, grid: tuple[int, ...], num_warps: int, number: int, seed: int) -> tuple[int, ...]:
-    """Runs every program in one interleaving; returns what was chosen on the way."""
+    """Runs every program in one interleaving; returns the scheduler's choices."""
     choices: list[int] = []
     for place in itertools.product(*(range(size) for size in reversed(grid))):
         program = Program(place[::-1], grid, num_warps, None if number == 0 else f"{seed} {number}")
@@ -99,7 +99,7 @@ def _run_grid(body: Callable, grid: tuple[int, ...], num_warps: int, number: int
 
 
 def _refuse_line(error: Exception) -> None:
-    """Raises NotModelled where a kernel's own line failed: it asked the emulator for what that does not have."""
+    """Raises NotModelled where a line of the kernel itself failed: it used what the emulator does not have."""
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
     if EMULATED in frame.f_globals:
         place = Place(((frame.f_code.co_filename, line, frame.f_code.co_name),))
@@ -144,7 +144,7 @@ def _argument(name: str, value: Any) -> Any:
 
 
 class _Translator:
-    """Gives each jit function the emulator's words in place of Gluon's. Functions that it calls are done on the way."""
+    """Copies jit functions with Gluon's functions replaced by the emulator's, and those that they call as well."""
 
     def __init__(self) -> None:
         self.done: dict[Any, Callable] = {}
@@ -152,19 +152,19 @@ class _Translator:
     def function(self, kernel: Any) -> Callable:
         if kernel not in self.done:
             function = kernel.fn
-            words: dict[str, Any] = {EMULATED: True, "range": language.kernel_range}
+            names: dict[str, Any] = {EMULATED: True, "range": language.kernel_range}
             copy = types.FunctionType(
-                function.__code__, words, function.__name__, function.__defaults__, function.__closure__
+                function.__code__, names, function.__name__, function.__defaults__, function.__closure__
             )
             copy.__kwdefaults__ = function.__kwdefaults__
             self.done[kernel] = copy
             for name in _names(function.__code__):
                 if name in function.__globals__:
-                    words[name] = self.word(function.__globals__[name])
+                    names[name] = self.replacement(function.__globals__[name])
         return self.done[kernel]
 
-    def word(self, value: Any) -> Any:
-        """What stands for a global of a kernel: Gluon's words become the emulator's, all else stays."""
+    def replacement(self, value: Any) -> Any:
+        """The replacement of a global of a kernel: the emulator's for a function of Gluon, anything else unchanged."""
         if isinstance(value, types.ModuleType):
             return _module(value.__name__) or _Module(value, self)
         if type(value).__name__ == "constexpr":
@@ -176,21 +176,21 @@ class _Translator:
                 return self.function(value)
         if getattr(value, "__triton_aggregate__", False):
             raise NotModelled(f"the emulator does not know @aggregate, which makes {value.__name__}")
-        is_word = getattr(value, "__triton_builtin__", False) or isinstance(value, GluonJITFunction)
-        if is_word and origin.split(".")[0] == "triton":
+        is_gluon = getattr(value, "__triton_builtin__", False) or isinstance(value, GluonJITFunction)
+        if is_gluon and origin.split(".")[0] == "triton":
             name = getattr(value, "__name__", "") or value.fn.__name__
             return _stub(_module(origin) or language.gl, name)
         return value
 
 
 class _Module:
-    """A module of the kernel's author: its functions are translated when they are used."""
+    """A module of the kernel's author: its functions are translated when they are accessed."""
 
     def __init__(self, module: types.ModuleType, translator: _Translator):
         self._module, self._translator = module, translator
 
     def __getattr__(self, name: str) -> Any:
-        return self._translator.word(getattr(self._module, name))
+        return self._translator.replacement(getattr(self._module, name))
 
 
 def _names(code: types.CodeType) -> set[str]:

@@ -1,7 +1,7 @@
-"""Shared memory: what is in it, who touched which part of it last, and whether that was allowed.
+"""Shared memory: its content, the latest accesses to each part, and whether they conflict.
 
-An allocation starts as NaN, and so does the target of a copy until the copy lands. Every access is written down with
-the part it touches, and compared with the earlier ones there by `order.Knowledge`.
+An allocation starts as NaN, and so does the target of a copy until the copy lands. Every access is recorded with the
+part that it touches, and compared with the earlier ones there by their vector clocks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from triton.experimental.gluon.language import _layouts as layouts
 
 from kernels.emulator.barriers import EXPECT, Barrier
-from kernels.emulator.order import Knowledge
+from kernels.emulator.order import VectorClock
 from kernels.emulator.reports import (
     BadBarrier,
     Event,
@@ -29,17 +29,17 @@ from kernels.emulator.reports import (
 from kernels.emulator.values import bad_layout, gluon_type, torch_type
 
 Box = tuple[tuple[int, int], ...]  # (start, stop) of each dimension of the allocation
-BLOCK_BYTES = 227 * 1024  # what one block of threads can have on an H100 or H200
+BLOCK_BYTES = 227 * 1024  # the shared memory of one block of threads on an H100 or H200
 
 
 @dataclass(frozen=True)
 class Access:
-    """An operation's touch of a part of shared memory.
+    """One access of an operation to a part of shared memory.
 
     Args:
-        actor, step: who, and its step at that time.
-        knows: what the actor's past was when it was asked for.
-        engine: whether through the async proxy (copy engine, tensor cores) or by threads.
+        actor, step: the actor, and its step at that time.
+        clock: the issuing actor's vector clock at that time.
+        engine: through the async proxy (copy engine, tensor cores) if True, by threads if False.
         completes: the barrier that a copy into shared memory completes.
         box: the part; filled in by `Allocation.touch`.
     """
@@ -47,17 +47,17 @@ class Access:
     event: Event
     actor: int
     step: int
-    knows: Knowledge
+    clock: VectorClock
     write: bool
     engine: bool
     completes: Barrier | None = None
     box: Box = ()
 
     def after(self, earlier: Access) -> bool:
-        return self.knows.past.get(earlier.actor, -1) >= earlier.step
+        return self.clock.past.get(earlier.actor, -1) >= earlier.step
 
     def fenced_after(self, earlier: Access) -> bool:
-        return self.knows.fenced.get(earlier.actor, -1) >= earlier.step
+        return self.clock.fenced.get(earlier.actor, -1) >= earlier.step
 
 
 @dataclass
@@ -75,10 +75,11 @@ class Allocation:
         return self.data.numel() * self.data.element_size()
 
     def touch(self, label: str, box: Box, access: Access) -> None:
-        """Writes an access down.
+        """Records an access.
 
         Raises:
-            Race, MissingFence, Unwritten, UseAfterFree: where it conflicts with an earlier one, or lacks one.
+            Race, MissingFence, UseAfterFree: where it conflicts with an earlier one.
+            Unwritten: where a read finds no earlier write.
         """
         if self.freed:
             raise UseAfterFree(f"{self.name} is used after it was freed", [self.freed, access.event])
@@ -93,14 +94,14 @@ class Allocation:
         self._remember(access)
 
     def free(self, access: Access) -> None:
-        """Ends it. Raises UseAfterFree where somebody may still be using it."""
+        """Ends the allocation. Raises UseAfterFree where an access to it may still be running."""
         for earlier in self.accesses:
             if not access.after(earlier):
                 raise UseAfterFree(f"{self.name} is freed while it is still in use", [earlier.event, access.event])
         self.freed = access.event
 
     def _remember(self, access: Access) -> None:
-        """An access takes the place of those that it covers: whoever comes after it comes after them."""
+        """Records an access, and drops those that it covers: what is ordered after it is ordered after them."""
         self.accesses = [
             earlier
             for earlier in self.accesses
@@ -134,7 +135,7 @@ def _cure(earlier: Access) -> str:
     if earlier.completes:
         return f"the copy completes {earlier.completes.name}: wait for that before the second"
     if earlier.engine:
-        return "the first may still be reading: wait for it, and then tell those who do the second"
+        return "the first may still be reading: wait for it, then arrive at a barrier that the second waits for"
     return "the second must come after a wait for a barrier at which the first's warps arrive afterwards"
 
 
@@ -152,7 +153,7 @@ class MemDesc:
 
     Args:
         dims: for each dimension of the view the allocation's dimension; None after a reshape.
-        outside: the index that lies outside, in words: only a use of such a part is a fault.
+        outside: a message if the index lies outside: only an access to such a part is a fault.
     """
 
     allocation: Allocation
@@ -169,7 +170,7 @@ class MemDesc:
 
     @property
     def label(self) -> str:
-        """`k_ring[1]`: the part, along the dimensions that have more than one place; whole ones at the end left out."""
+        """`k_ring[1]`: the part, along dimensions of more than one element, without whole ones at the end."""
         parts = []
         for (start, stop), size in zip(self.box, self.allocation.data.shape, strict=True):
             if size > 1:
@@ -224,10 +225,10 @@ class MemDesc:
         self.allocation.touch(self.label, self.box, access)
 
     def barrier(self, access: Access) -> Barrier:
-        """The mbarrier that lies here: whoever uses it reads what its init wrote."""
+        """The mbarrier at this place. Its use is recorded as a read of what its init wrote."""
         found = self.allocation.barriers.get(self.box)
         if found is None and not self.outside:
-            what = f"{self.label} is not initialised, or no more"
+            what = f"{self.label} is not initialised, or was invalidated"
             raise BadBarrier(what, [access.event], "mbarrier.init comes first")
         self.touch(access)
         return found  # type: ignore[return-value]

@@ -1,12 +1,12 @@
-"""Who knows of what: the order in which operations must happen, whatever the timing.
+"""Happens-before: the order that holds between operations whatever the timing, kept as vector clocks.
 
-Each partition of warps, and each operation of an engine, is an actor that counts its own steps. Knowledge says up to
-which step of every other actor this one's past reaches (a vector clock). It is handed on where the GPU hands it on:
-from an arrival at an mbarrier to those who wait for it, from a copy that has landed to its barrier, from a product to
-`warpgroup_mma_wait`. Two accesses of which neither knows the other are a race, even if this run happened to order them.
+Each partition of warps, and each operation of an engine, is an actor that counts its own steps. Its vector clock holds,
+for every other actor, the latest step that certainly came before. Clocks are joined where the GPU synchronises: from an
+arrival at an mbarrier to the waits for that phase, from a copy that has landed to its barrier, from a product to
+`warpgroup_mma_wait`. Two accesses of which neither is in the other's clock are a race, even if this run ordered them.
 
 Source:
-    Lamport, «Time, clocks, and the ordering of events in a distributed system», CACM 1978.
+    Lamport, "Time, clocks, and the ordering of events in a distributed system", CACM 1978.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ def new_actor() -> int:
 
 
 @dataclass
-class Knowledge:
-    """The steps of other actors that are past, and those of them that a proxy fence has made visible to the engines.
+class VectorClock:
+    """The latest step of each actor that is past, and the latest that a proxy fence has made visible to the engines.
 
     Threads reach shared memory through the generic proxy, the copy engine and the tensor cores through the async proxy.
-    The two are ordered only by `fence_async_shared`: it makes all that is known at that point known to the engines.
+    Only `fence_async_shared` orders the two: it makes all that is past at that point visible to the engines.
     """
 
     past: dict[int, int] = field(default_factory=dict)
     fenced: dict[int, int] = field(default_factory=dict)
 
-    def join(self, other: Knowledge) -> None:
-        """Takes in what another actor hands on."""
+    def join(self, other: VectorClock) -> None:
+        """Adds the steps that are past for another actor."""
         _take_later(self.past, other.past)
         _take_later(self.fenced, other.fenced)
 
@@ -44,8 +44,8 @@ class Knowledge:
     def fence(self) -> None:
         _take_later(self.fenced, self.past)
 
-    def copy(self) -> Knowledge:
-        return Knowledge(dict(self.past), dict(self.fenced))
+    def copy(self) -> VectorClock:
+        return VectorClock(dict(self.past), dict(self.fenced))
 
 
 def _take_later(mine: dict[int, int], theirs: dict[int, int]) -> None:

@@ -1,7 +1,7 @@
-"""What the emulator can find wrong with a kernel, and how it says so.
+"""The reports: exceptions for the faults that the emulator finds in a kernel.
 
-A report is an exception. It names the buffer or barrier, the operations with their source lines and the warps that
-issued them, and what would mend it. The first report ends the run.
+A report names the buffer or barrier, the operations with their source lines and the warps that issued them, and a cure.
+The first report ends the run.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ EMULATED = "__emulated__"  # a name in the globals of every function that the em
 
 
 class Report(Exception):
-    """Something that is wrong on the GPU, or would be at another time.
+    """A fault in a kernel: wrong on the GPU, at least in some interleaving.
 
     Args:
         what: one line: what happened, to which buffer or barrier.
-        events: the operations that met, in the order of the run.
-        cure: one line: what is missing.
+        events: the operations in conflict, in the order of the run.
+        cure: one line: what would repair it.
     """
 
     kind = "fault"
@@ -47,37 +47,37 @@ class MissingFence(Report):
 
 
 class Deadlock(Report):
-    """Nobody can go on."""
+    """No partition can go on."""
 
     kind = "deadlock"
 
 
 class WrongBytes(Report):
-    """A barrier was told to expect more or fewer bytes than the copies bring."""
+    """A barrier expects more or fewer bytes than its copies bring."""
 
     kind = "wrong bytes"
 
 
 class WrongArrivals(Report):
-    """A barrier got an arrival too many: it counts on, and those who wait lose track of its phase."""
+    """A barrier got an arrival too many: its phase is no longer the one that the waits assume."""
 
     kind = "wrong arrivals"
 
 
 class BadBarrier(Report):
-    """A barrier that is not initialised, no longer or twice, or a phase that is neither 0 nor 1."""
+    """A barrier used before its init or after its invalidate, initialised twice, or a phase that is neither 0 nor 1."""
 
     kind = "bad barrier"
 
 
 class UseAfterFree(Report):
-    """Shared memory used after it was given back, or still in use when the program ends."""
+    """Shared memory used after it was freed, or still in use when the program ends."""
 
     kind = "use after free"
 
 
 class Unwritten(Report):
-    """A read of shared memory into which nothing was ever written."""
+    """A read of shared memory that was never written."""
 
     kind = "unwritten"
 
@@ -101,12 +101,12 @@ class FailedAssert(Report):
 
 
 class NotModelled(NotImplementedError):
-    """A part of Gluon that this emulator does not know."""
+    """The kernel uses a part of Gluon that the emulator does not model."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A line of a kernel, and the lines that called it, innermost first: (file, line, function)."""
+    """A line of a kernel and its callers, innermost first: (file, line, function)."""
 
     frames: tuple[tuple[str, int, str], ...]
 
@@ -127,14 +127,14 @@ class Place:
 
 
 def here() -> Place:
-    """The kernel's line that is being run."""
+    """The kernel's line that is running."""
     return Place(tuple((f.f_code.co_filename, f.f_lineno, f.f_code.co_name) for f in _kernel_frames()))
 
 
 def assigned_name(default: str) -> str:
-    """The name on the left of the statement that is being run: `k_smem` in `k_smem = gl.allocate_shared_memory(…)`.
+    """The target of the assignment that is running: `k_smem` in `k_smem = gl.allocate_shared_memory(…)`.
 
-    Where the function only returns it, the name that its caller gives it.
+    Where the function only returns it, the name in the caller.
     """
     for frame in _kernel_frames():
         target, equals, _ = linecache.getline(frame.f_code.co_filename, frame.f_lineno).partition("=")
@@ -159,7 +159,7 @@ def _kernel_frames():
 
 @dataclass(frozen=True)
 class Event:
-    """One operation: what it does, where it stands, and which warps issued it."""
+    """One operation: what it does, its source line, and the warps that issued it."""
 
     what: str
     place: Place

@@ -1,8 +1,9 @@
-"""Who runs next. Partitions of warps are threads that hand one baton round; engines' operations land in between.
+"""The order of execution. Partitions of warps are threads, of which the holder of the baton runs; operations of the
+engines land in between.
 
-Without a seed the order is always the same: a partition runs until it must wait, then the next one that can, and a copy
-lands only when nobody else can go on, as late as it may. With a seed every operation is a point where anybody else may
-come first: another partition, or any operation that an engine may finish.
+Without a seed the order is always the same: a partition runs until it must wait, then the next one that can go on; a
+copy lands as late as possible, when no partition can go on. With a seed the scheduler may, before every operation,
+switch to another partition or land any operation that an engine may finish.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ from typing import Any
 
 from kernels.emulator.barriers import EXPECT, Barrier
 from kernels.emulator.memory import Access, Allocation
-from kernels.emulator.order import Knowledge, new_actor
+from kernels.emulator.order import VectorClock, new_actor
 from kernels.emulator.reports import Deadlock, Event, UseAfterFree, WrongBytes, here
 
 _running = threading.local()
 
 
 class Stop(BaseException):
-    """Ends the other partitions' threads when one has failed."""
+    """Raised in the other partitions' threads after one has failed, to end them."""
 
 
 @dataclass(eq=False)
 class Operation:
-    """Something that an engine does by itself: a copy, a product.
+    """An asynchronous operation of an engine: a copy, a product.
 
     Args:
-        event: where it was asked for.
-        land: does it.
-        after: the operation that must be done before, in the same engine.
+        event: its issue.
+        land: performs it.
+        after: the operation of the same engine that must complete before.
         uses: the shared memory that it reads or writes.
     """
 
@@ -45,9 +46,9 @@ class Operation:
     done: bool = False
 
     @property
-    def knowledge(self) -> Knowledge:
-        """What one knows who knows that it is done."""
-        return Knowledge({self.actor: 0}, {self.actor: 0})
+    def clock(self) -> VectorClock:
+        """The clock that a wait for its completion joins."""
+        return VectorClock({self.actor: 0}, {self.actor: 0})
 
 
 @dataclass(eq=False)
@@ -57,7 +58,7 @@ class Partition:
     name: str
     num_warps: int
     program: Program
-    knowledge: Knowledge = field(default_factory=Knowledge)
+    clock: VectorClock = field(default_factory=VectorClock)
     actor: int = field(default_factory=new_actor)
     step: int = 0
     can_go_on: Callable[[], bool] = lambda: True
@@ -66,23 +67,23 @@ class Partition:
     barrier: Barrier | None = None
     finished: bool = False
     baton: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    products: list[Operation] = field(default_factory=list)  # asked for and not waited for, oldest first
+    products: list[Operation] = field(default_factory=list)  # issued and not yet waited for, oldest first
     stores: list[Operation] = field(default_factory=list)
 
     def event(self, what: str) -> Event:
-        """An operation of this partition, at the line that is being run. Another may come before it."""
+        """An operation of this partition, at the line that is running. With a seed, others may run before it."""
         self.program.maybe_switch(self)
         self.step += 1
-        self.knowledge.add(self.actor, self.step)
+        self.clock.add(self.actor, self.step)
         return Event(what, here(), self.name)
 
     def access(self, what: str, write: bool) -> Access:
-        """A touch of shared memory by this partition's threads."""
+        """An access to shared memory by this partition's threads."""
         event = self.event(what)
-        return Access(event, self.actor, self.step, self.knowledge.copy(), write=write, engine=False)
+        return Access(event, self.actor, self.step, self.clock.copy(), write=write, engine=False)
 
     def wait(self, condition: Callable[[], bool], event: Event, waits_for: str, barrier: Barrier | None = None) -> None:
-        """Lets the others run until the condition holds."""
+        """Runs other partitions and operations until the condition holds."""
         self.can_go_on, self.waits_at, self.waits_for, self.barrier = condition, event, waits_for, barrier
         self.program.switch(self)
         self.can_go_on, self.waits_at = (lambda: True), None
@@ -93,7 +94,7 @@ class Program:
 
     Args:
         place: program ids, as gl.program_id gives them.
-        grid: how many programs there are in each direction.
+        grid: programs along each axis.
         seed: of the interleaving; None for the plain order.
     """
 
@@ -108,7 +109,7 @@ class Program:
         self.choices: list[int] = []
 
     def run(self, function: Callable[[], None]) -> None:
-        """Runs the kernel's body in this thread, and what it leaves under way to its end."""
+        """Runs the kernel's body in this thread, and checks that no operation is left in flight."""
         _running.partition = self.partitions[0]
         try:
             function()
@@ -117,7 +118,7 @@ class Program:
             del _running.partition
 
     def specialize(self, parts: list[tuple[str, int, Callable[[], Any]]]) -> Any:
-        """Runs several functions at a time: the first one by the warps that are here, the others by new ones."""
+        """Runs several functions concurrently: the first one by the current warps, each other one by new warps."""
         default = current()
         (name, _, function), *workers = parts
         outer_name, default.name = default.name, name
@@ -135,18 +136,18 @@ class Program:
 
         result = self._guard(until_all_end)
         for partner in partners:
-            default.knowledge.join(partner.knowledge)
+            default.clock.join(partner.clock)
         del self.partitions[1:]
         default.name = outer_name
         return result
 
     def _fork(self, default: Partition, name: str, num_warps: int) -> Partition:
-        worker = Partition(name, num_warps, self, default.knowledge.copy())
+        worker = Partition(name, num_warps, self, default.clock.copy())
         self.partitions.append(worker)
         return worker
 
     def _work(self, worker: Partition, function: Callable[[], Any]) -> None:
-        """A worker's thread: its turn, its function, and the baton to the next."""
+        """A worker's thread: takes the baton, runs its function, passes the baton on."""
 
         def turn() -> None:
             worker.baton.acquire()
@@ -156,7 +157,7 @@ class Program:
                 self.switch(worker, ends=True)
 
         _running.partition = worker
-        with contextlib.suppress(BaseException):  # _guard has told it to all; the first partition raises it
+        with contextlib.suppress(BaseException):  # _guard has recorded it; the first partition raises it
             self._guard(turn)
 
     def _guard(self, function: Callable[[], Any]) -> Any:
@@ -177,7 +178,7 @@ class Program:
         self.under_way.append(operation)
 
     def finish(self, operation: Operation) -> None:
-        """Lands an operation now, and before it those that must come first."""
+        """Lands an operation now, after those that must complete before it."""
         if operation.done:
             return
         if operation.after is not None:
@@ -187,12 +188,12 @@ class Program:
         operation.land()
 
     def maybe_switch(self, me: Partition) -> None:
-        """A point where, with a seed, anybody else may come first."""
+        """With a seed, switches to another partition or operation half of the time."""
         if self.random is not None and self.random.random() < 0.5:
             self.switch(me)
 
     def switch(self, me: Partition, ends: bool = False) -> None:
-        """Lets others run until this partition's turn comes again and its condition holds."""
+        """Runs others until the scheduler chooses this partition again and its condition holds."""
         while True:
             choice = self._choose(me)
             if isinstance(choice, Operation):
@@ -231,12 +232,13 @@ class Program:
             if barrier and barrier.bytes_due > 0 and not barrier.missing:
                 what = f"{barrier.name} was told to expect {barrier.bytes_due} bytes more than any copy brings"
                 raise WrongBytes(what, [*barrier.events, *events], EXPECT)
-        who = "; ".join(f"{p.name} waits for {p.waits_for}" for p in waiting)
-        raise Deadlock(f"nobody can go on. {who}", events, "; ".join(p.barrier.state() for p in waiting if p.barrier))
+        waits = "; ".join(f"{p.name} waits for {p.waits_for}" for p in waiting)
+        states = "; ".join(p.barrier.state() for p in waiting if p.barrier)
+        raise Deadlock(f"no partition can go on. {waits}", events, states)
 
     def _check_end(self) -> None:
-        """Every partition is through. Its shared memory goes to the next block, so no engine may still be using it."""
-        known = self.partitions[0].knowledge.past
+        """All partitions have ended. The next block gets the shared memory, so no engine may still be using it."""
+        known = self.partitions[0].clock.past
         for operation in self.asked_for:
             if operation.actor not in known:
                 names = " and ".join(allocation.name for allocation in operation.uses)
@@ -245,5 +247,5 @@ class Program:
 
 
 def current() -> Partition:
-    """The partition whose turn it is."""
+    """The partition that is running."""
     return _running.partition

@@ -1,6 +1,6 @@
-"""The engines that work by themselves: the copy engine (TMA) and the tensor cores (WGMMA).
+"""The asynchronous engines: the copy engine (TMA) and the tensor cores (WGMMA).
 
-Asking for an operation only begins it. It lands when the scheduler says so; until then the target of a copy, and the
+Issuing an operation only begins it. It lands when the scheduler chooses it; until then the target of a copy, and the
 result of a product, are NaN.
 """
 
@@ -20,7 +20,7 @@ from kernels.emulator.reports import NotModelled, Race
 from kernels.emulator.scheduler import Operation, Partition
 from kernels.emulator.values import Value, bad_layout, gluon_type, scalar
 
-ACCUMULATORS = {  # what each type of operands may be summed in
+ACCUMULATORS = {  # types that a product of each operand type may be summed in
     gl.bfloat16: (gl.float32,),
     gl.float16: (gl.float32, gl.float16),
     gl.float8e4nv: (gl.float32, gl.float16),
@@ -29,11 +29,11 @@ ACCUMULATORS = {  # what each type of operands may be summed in
 
 @dataclass
 class Descriptor:
-    """What TMA knows of a tensor in global memory: its shape, and the block that one copy takes.
+    """A TMA descriptor of a tensor in global memory: its shape, and the block of one copy.
 
     Args:
         tensor: a view of the memory in the descriptor's shape.
-        padding: what lies outside: 0 or NaN.
+        padding: the value of elements outside the tensor: 0 or NaN.
     """
 
     tensor: torch.Tensor
@@ -68,12 +68,12 @@ class Descriptor:
         return block
 
     def write(self, corner: list[int], block: torch.Tensor) -> None:
-        """What of the block lies inside the tensor."""
+        """Stores the part of the block that lies inside the tensor."""
         inside, outside = self._part(corner)
         self.tensor[outside] = block[inside]
 
     def _part(self, corner: list[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        """The part of a block that exists: as slices of the block, and of the tensor."""
+        """The part of a block inside the tensor: as slices of the block, and as slices of the tensor."""
         inside, outside = [], []
         for start, length, size in zip(corner, self.block_shape, self.tensor.shape, strict=True):
             first, stop = max(start, 0), max(min(start + length, size), max(start, 0))
@@ -99,10 +99,10 @@ def copy_in(me: Partition, descriptor: Descriptor, corner: list[int], bar: MemDe
 
     def land() -> None:
         smem.data.copy_(descriptor.read(corner))
-        barrier.land(descriptor.nbytes, operation.knowledge, event)
+        barrier.land(descriptor.nbytes, operation.clock, event)
 
     operation = Operation(event, land, None, [smem.allocation])
-    access = Access(event, operation.actor, 0, me.knowledge.copy(), write=False, engine=False)
+    access = Access(event, operation.actor, 0, me.clock.copy(), write=False, engine=False)
     barrier = bar.barrier(access)
     smem.touch(replace(access, write=True, engine=True, completes=barrier))
     barrier.under_way += descriptor.nbytes
@@ -116,7 +116,7 @@ def copy_out(me: Partition, descriptor: Descriptor, corner: list[int], smem: Mem
     _check_block(descriptor, corner, smem)
     event = me.event(f"TMA copy out of {smem.label}")
     operation = Operation(event, lambda: descriptor.write(corner, smem.data), None, [smem.allocation])
-    smem.touch(Access(event, operation.actor, 0, me.knowledge.copy(), write=False, engine=True))
+    smem.touch(Access(event, operation.actor, 0, me.clock.copy(), write=False, engine=True))
     me.program.start(operation)
     me.stores.append(operation)
 
@@ -131,14 +131,14 @@ def _finish_all_but(me: Partition, operations: list[Operation], pending: int) ->
     while len(operations) > pending:
         operation = operations.pop(0)
         me.program.finish(operation)
-        me.knowledge.join(operation.knowledge)
+        me.clock.join(operation.clock)
 
 
 class Accumulator(Value):
-    """The result of an asynchronous product: a value once `warpgroup_mma_wait` has returned it, and it is done.
+    """The result of an asynchronous product: readable once it is done and `warpgroup_mma_wait` has returned it.
 
     Args:
-        returned: whether it comes from `warpgroup_mma_wait`, which may have left the product in flight.
+        returned: whether `warpgroup_mma_wait` returned it; the product may still be in flight.
     """
 
     def __init__(self, data: torch.Tensor, layout: Any, operation: Operation, owner: Partition, returned: bool = False):
@@ -153,7 +153,7 @@ class Accumulator(Value):
         raise Race(what, [self.operation.event, self.owner.event("use of its result")], RETURN)
 
     def hand_on(self) -> torch.Tensor:
-        """For the next product, without a wait: products run in order. Two cannot both go on from one in flight."""
+        """For the next product to accumulate into, without a wait: products run in order. Only one may take it."""
         if self.taken and self.operation in self.owner.products:
             what = "on the accumulator: a product goes on from it, and another has done so already"
             raise Race(what, [self.operation.event, self.owner.event("another product from it")], RETURN)
@@ -181,7 +181,7 @@ def multiply(me: Partition, a: MemDesc | Value, b: MemDesc, acc: Value, use_acc:
     previous = me.products[-1] if me.products else None
     operation = Operation(event, land, previous, [tile.allocation for tile in tiles])
     for tile in tiles:
-        tile.touch(Access(event, operation.actor, 0, me.knowledge.copy(), write=False, engine=True))
+        tile.touch(Access(event, operation.actor, 0, me.clock.copy(), write=False, engine=True))
     me.program.start(operation)
     me.products.append(operation)
     if is_async:
@@ -191,7 +191,7 @@ def multiply(me: Partition, a: MemDesc | Value, b: MemDesc, acc: Value, use_acc:
 
 
 def wait_for_products(me: Partition, pending: int, deps: tuple[Any, ...]) -> Any:
-    """Goes on when all but the latest `pending` products are done; returns the deps as numbers."""
+    """Goes on when all but the latest `pending` products are done; returns the deps, readable."""
     me.event("warpgroup_mma_wait")
     _finish_all_but(me, me.products, pending)
     results = tuple(
@@ -202,10 +202,10 @@ def wait_for_products(me: Partition, pending: int, deps: tuple[Any, ...]) -> Any
 
 
 def _check_product(me: Partition, a: Any, b: MemDesc, acc: Value) -> None:
-    """What the compiler or the GPU would refuse, named.
+    """Raises BadLayout for what the compiler or the GPU would refuse.
 
     Source:
-        PTX ISA, «Asynchronous Warpgroup Level Matrix Instructions»: shapes, types of the sums, 8-bit operands along K.
+        PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions": shapes, types of the sums, 8-bit operands along K.
     """
     layout = acc.layout
     if not isinstance(layout, layouts.NVMMADistributedLayout) or list(layout.version) != [3, 0]:

@@ -1,4 +1,4 @@
-"""Registers: every number that a kernel holds is a torch tensor, with the type and the layout that Gluon gives it.
+"""Registers: every value of a kernel is a torch tensor with its Gluon type and layout.
 
 Integers divide as in C, bf16 meets fp32 in fp32, and tensors combine only in one layout, as in Gluon.
 """
@@ -57,7 +57,7 @@ class Value:
     def __init__(self, data: torch.Tensor, layout: Any = AUTO):
         self._data, self.layout = data, layout
 
-    data = property(lambda self: self._data)  # an accumulator in flight has none yet
+    data = property(lambda self: self._data)  # overridden: an accumulator in flight cannot be read
     dtype = property(lambda self: gluon_type(self._data.dtype))
     shape = property(lambda self: list(self._data.shape))
     numel = property(lambda self: self._data.numel())
@@ -83,7 +83,7 @@ class Value:
         return Value(data.to(target), self.layout)
 
     def __getitem__(self, index: Any) -> Value:
-        """`x[:, None]`: a dimension of one, where the layout is the slice of a larger one along it."""
+        """`x[:, None]`: a new dimension of one. The layout must be a SliceLayout along it, whose parent it becomes."""
         index = index if isinstance(index, tuple) else (index,)
         if any(i is not None and i != slice(None) for i in index):
             raise NotModelled("registers take the index None and : only, as in x[:, None]")
@@ -133,7 +133,7 @@ def pointer_to(tensor: torch.Tensor, name: str) -> Pointer:
 
 
 def scalar(x: Any, dtype: torch.dtype | None = None) -> Value:
-    """A number that is known only when the kernel runs: an int is int32, a float fp32, as in Triton."""
+    """A run-time scalar: an int is int32 (int64 if it does not fit), a float fp32, as in Triton."""
     if dtype is None:
         dtype = torch.bool if isinstance(x, bool) else torch.float32 if isinstance(x, float) else torch.int32
         if dtype == torch.int32 and not -(2**31) <= x < 2**31:
@@ -142,7 +142,7 @@ def scalar(x: Any, dtype: torch.dtype | None = None) -> Value:
 
 
 def same_layout(values: list[Value]) -> Any:
-    """The layout that tensors share; scalars have none and AutoLayout fits any."""
+    """The common layout of tensors. Scalars have none, and AutoLayout fits any."""
     found = [value.layout for value in values if value.data.ndim and value.layout != AUTO]
     if any(layout != found[0] for layout in found):
         cure = "gl.convert_layout brings one into the other's"

@@ -2,13 +2,13 @@
 
 | rung | idea |
 |---|---|
-| `rung1_tma_wgmma.py` | the copy engine and the tensor cores, one after the other |
-| `rung2_pipelined.py` | copies run ahead, in a ring of tiles with mbarriers |
-| `rung3_specialized.py` | a producer and consumers by warp specialisation, with registers handed over |
+| `rung1_tma_wgmma.py` | TMA copies and WGMMA products, one after the other |
+| `rung2_pipelined.py` | copies run ahead, into a ring of tiles with mbarriers |
+| `rung3_specialized.py` | warp specialisation: a producer and consumers, with registers reallocated |
 
-`tile.py` has the arithmetic that all share, `compat.py` Gluon's names over its versions, `launch.py` the call from
-Python. `python -m kernels.hopper` prints what each compiles to.
+`tile.py` is the arithmetic that all share, `launch.py` the call from Python, `jobs.py` the rungs as jobs for
+`kernels.compiling`. `python -m kernels.hopper` runs each in the emulator and prints what it compiles to.
 
 Source:
-    Shah et al., «FlashAttention-3», arXiv 2407.08608; Dao, «FlashAttention-2», arXiv 2307.08691.
+    Shah et al., "FlashAttention-3", arXiv 2407.08608; Dao, "FlashAttention-2", arXiv 2307.08691.
 """

@@ -23,7 +23,7 @@ RUNGS: dict[str, ModuleType] = {
 BLOCK_M = BLOCK_N = 128
 STAGES = 2
 HEADDIMS = (64, 128)
-MOST_PROGRAMS = 65535  # in the second and third direction of a grid
+MAX_GRID = 65535  # programs along the second and third axis of a launch (CUDA)
 GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
@@ -40,7 +40,7 @@ def attention(
     explore: int = 0,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Attention's forward pass by one rung's kernel.
+    """The forward pass of attention by one rung's kernel.
 
     Args:
         q: (batch, seqlen_q, nheads, headdim), bf16 or fp16, headdim 64 or 128.
@@ -50,24 +50,24 @@ def attention(
         softmax_scale: factor of the scores, positive; 1/√headdim when left out.
         block_m: rows of a tile of queries, 64 (one warpgroup) or 128 (two).
         block_n: rows of a tile of keys, a power of two from 16 to 256, or to 128 where headdim is 128.
-        explore, seed: on the CPU, how many other interleavings to run too, and of which seed.
+        explore, seed: on the CPU, how many other interleavings to run too, and their seed.
 
     Returns:
         out like q, and lse (batch, nheads, seqlen_q) in natural log, fp32. A row that sees no key: 0 and -inf.
 
     Raises:
         ValueError: where the rung is unknown, or an argument is not as above.
-        kernels.emulator.Report: on the CPU, where the kernel is at fault.
+        kernels.emulator.Report: on the CPU, where the emulator finds a fault in the kernel.
     """
     _check(q, k, v, rung, softmax_scale, block_m, block_n)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
     if q.numel() == 0 or k.numel() == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    launch = plan(q, k, v, out, lse, causal, softmax_scale, block_m, block_n)
+    launch = launch_of(q, k, v, out, lse, causal, softmax_scale, block_m, block_n)
     kernel = RUNGS[rung].forward
     if q.is_cuda:
-        with torch.cuda.device_of(q):  # Triton launches on the current device, which need not be the tensors'
+        with torch.cuda.device_of(q):  # Triton launches on the current device, which may not be that of the tensors
             kernel[launch.grid](*launch.arguments, num_warps=launch.num_warps)
     else:
         emulate(kernel, launch.grid, *launch.arguments, num_warps=launch.num_warps, explore=explore, seed=seed)
@@ -83,7 +83,7 @@ class Launch:
     num_warps: int
 
 
-def plan(
+def launch_of(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -94,7 +94,7 @@ def plan(
     block_m: int = BLOCK_M,
     block_n: int = BLOCK_N,
 ) -> Launch:
-    """The launch that all rungs share: one program a tile of queries, head and batch; a warp for 16 rows."""
+    """The launch that all rungs share: a program per tile of queries, head and sequence, with a warp for 16 rows."""
     scale = 1 / math.sqrt(q.shape[3]) if softmax_scale is None else softmax_scale
     arguments: list[Any] = [_descriptor(q, block_m), _descriptor(k, block_n), _descriptor(v, block_n)]
     arguments += [_descriptor(out, block_m), lse, q.shape[1], k.shape[1], q.shape[2] // k.shape[2]]
@@ -105,7 +105,7 @@ def plan(
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     """(batch, seqlen, heads · headdim) in blocks of (1, rows, headdim): a head is a block of columns.
 
-    The sequence has a dimension of its own, so that rows past its end are zeros and not the next sequence's.
+    The sequence has a dimension of its own, so that rows past its end load as zeros and not as the next sequence's.
     """
     batch, seqlen, nheads, headdim = x.shape
     flat = x.reshape(batch, seqlen, nheads * headdim)
@@ -129,13 +129,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, rung: str, softmax_scale: float | No
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit each other")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"key has {k.shape[2]} heads, not a divisor of query's {q.shape[2]}")
-    if max(q.shape[0], q.shape[2]) > MOST_PROGRAMS:
-        raise ValueError(f"q has batch {q.shape[0]} and {q.shape[2]} heads, and a launch takes {MOST_PROGRAMS} of each")
+    if max(q.shape[0], q.shape[2]) > MAX_GRID:
+        raise ValueError(f"q has batch {q.shape[0]} and {q.shape[2]} heads, and a launch takes {MAX_GRID} of each")
     if softmax_scale is not None and not 0 < softmax_scale < math.inf:
         raise ValueError(f"softmax_scale is {softmax_scale}, wants a positive number")
     if block_m not in (64, 128):
         raise ValueError(f"block_m is {block_m}, wants 64 or 128")
-    largest = 16384 // q.shape[3]  # a ring of two slots, for K and for V, with more elements than this does not fit
+    largest = 16384 // q.shape[3]  # rings of two slots for K and for V do not fit into shared memory with more
     if block_n not in (16, 32, 64, 128, 256) or block_n > largest:
         raise ValueError(f"block_n is {block_n}, wants a power of two from 16 to {largest}")
     if q.is_cuda and torch.cuda.get_device_capability(q.device) != (9, 0):

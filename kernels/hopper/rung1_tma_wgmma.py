@@ -1,21 +1,21 @@
-"""Rung 1: the copy engine brings tiles (TMA), the tensor cores multiply them (WGMMA), one after the other.
+"""Rung 1: TMA copies tiles into shared memory and WGMMA multiplies them, one after the other.
 
-FlashAttention-2's loop with Hopper's two engines. Every copy is waited for as soon as it is asked for, and every
-product too: nothing overlaps yet. It shows what the engines need: a descriptor of the tensor, an mbarrier that counts
-the bytes of a copy, a fence between what threads write and what an engine reads.
+FlashAttention-2's loop with Hopper's two engines. The warps wait for every copy and every product right after its
+issue: nothing overlaps yet. It shows what the engines need: a descriptor of the tensor, an mbarrier that counts the
+bytes of a copy, a fence between what threads write and what an engine reads.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
-from kernels.hopper.compat import allocate_barriers, tma_load, tma_store
+from kernels.gluon_names import allocate_barriers, tma_load, tma_store
 from kernels.hopper.tile import accumulator_layout, count_key_tiles, finish, mask_scores, softmax_step, store_lse
 
 
 @gluon.jit
 def load_and_wait(desc, coordinates, barrier, phase, smem):
-    """A copy, and the wait for all its bytes. The barrier's phase flips 0, 1, 0, … with each copy that lands."""
+    """Copies a tile and waits for all its bytes. The barrier's phase flips 0, 1, 0, … with each copy that lands."""
     mbarrier.expect(barrier, desc.block_type.nbytes)
     tma_load(desc, coordinates, barrier, smem)
     mbarrier.wait(barrier, phase)
@@ -45,11 +45,12 @@ def forward(
     k_smem = gl.allocate_shared_memory(dtype, k_desc.block_type.shape, k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, v_desc.block_type.shape, v_desc.layout)
     q_tile = q_smem.reshape([BLOCK_M, D])
-    k_tile = k_smem.reshape([BLOCK_N, D]).permute((1, 0))  # Kᵀ is another view of K, not another copy
+    k_tile = k_smem.reshape([BLOCK_N, D]).permute((1, 0))  # Kᵀ is a view of K, not a copy
     v_tile = v_smem.reshape([BLOCK_N, D])
-    q_ready = allocate_barriers(1, 1).index(0)
-    k_ready = allocate_barriers(1, 1).index(0)
-    v_ready = allocate_barriers(1, 1).index(0)
+    # The one arrival of each phase is that of `expect`; the phase completes when the copy's bytes have landed.
+    q_ready = allocate_barriers(1, 1).index(0)  # guards q_smem: its copy's bytes complete it, all warps wait, once
+    k_ready = allocate_barriers(1, 1).index(0)  # guards k_smem: its copy completes it, all warps wait before Q·Kᵀ
+    v_ready = allocate_barriers(1, 1).index(0)  # guards v_smem: its copy completes it, all warps wait before P·V
 
     load_and_wait(q_desc, [batch, start_m, head * D], q_ready, 0, q_smem)
     m = gl.full([BLOCK_M], float("-inf"), gl.float32, row_layout)
@@ -69,7 +70,7 @@ def forward(
 
     out, lse = finish(acc, m, l)
     store_lse(lse_ptr, lse, start_m, head, batch, seqlen_q)
-    q_tile.store(out.to(dtype))  # the queries are used up: their tile takes the output
+    q_tile.store(out.to(dtype))  # Q is not read any more: its tile takes the output
     fence_async_shared()  # threads wrote it, the copy engine reads it
-    tma_store(o_desc, [batch, start_m, head * D], q_smem)  # rows past the end are left out by the engine
+    tma_store(o_desc, [batch, start_m, head * D], q_smem)  # TMA leaves out rows past the end
     tma.store_wait(0)

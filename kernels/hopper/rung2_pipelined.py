@@ -1,21 +1,21 @@
-"""Rung 2: copies run ahead, in a ring of tiles for K and for V with one mbarrier a slot.
+"""Rung 2: copies run ahead, into a ring of tiles for K and one for V, with an mbarrier per slot.
 
-As soon as a product has read its slot, the tile that is STAGES further on is asked for, into the same slot. The wait
-for it comes STAGES turns later. Slot and phase follow from the tile's number: with 2 slots, tile 5 is in slot 1 for the
-third time, so its phase is 5 // 2 & 1 = 0.
+As soon as a product has read its slot, the copy of the tile STAGES further on is issued into the same slot. The wait
+for it comes STAGES iterations later. Slot and phase follow from the tile's number: with 2 slots, tile 5 is the third in
+slot 1, so its phase is 5 // 2 & 1 = 0.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
-from kernels.hopper.compat import allocate_barriers, tma_load, tma_store
+from kernels.gluon_names import allocate_barriers, tma_load, tma_store
 from kernels.hopper.tile import accumulator_layout, count_key_tiles, finish, mask_scores, softmax_step, store_lse
 
 
 @gluon.jit
 def load_tile(desc, batch, tile, column, ready, ring, STAGES: gl.constexpr):
-    """Asks for a tile, and does not wait."""
+    """Issues the copy of a tile, and does not wait for it."""
     BLOCK_N: gl.constexpr = desc.block_type.shape[1]
     slot = tile % STAGES
     mbarrier.expect(ready.index(slot), desc.block_type.nbytes)
@@ -46,9 +46,11 @@ def forward(
     q_smem = gl.allocate_shared_memory(dtype, q_desc.block_type.shape, q_desc.layout)
     k_ring = gl.allocate_shared_memory(dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
     v_ring = gl.allocate_shared_memory(dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
-    q_ready = allocate_barriers(1, 1).index(0)
-    k_ready = allocate_barriers(STAGES, 1)
-    v_ready = allocate_barriers(STAGES, 1)
+    # The one arrival of each phase is that of `expect`; the phase completes when the copy's bytes have landed.
+    # No barrier guards the refill: a synchronous product has read its slot before the next copy into it is issued.
+    q_ready = allocate_barriers(1, 1).index(0)  # guards q_smem: its copy's bytes complete it, all warps wait, once
+    k_ready = allocate_barriers(STAGES, 1)  # guards a k_ring slot: its copy completes it, all warps wait before Q·Kᵀ
+    v_ready = allocate_barriers(STAGES, 1)  # guards a v_ring slot: its copy completes it, all warps wait before P·V
 
     mbarrier.expect(q_ready, q_desc.block_type.nbytes)
     tma_load(q_desc, [batch, start_m, head * D], q_ready, q_smem)

@@ -1,25 +1,25 @@
-"""Rung 3: warps divide the work. One asks for tiles, two warpgroups multiply, mbarriers pass the slots to and fro.
+"""Rung 3: warp specialisation. One warp issues the copies, two warpgroups multiply, mbarriers synchronise the slots.
 
-The producer needs hardly a register, the consumers every one that they can get: on entry all warps have the same
-number, then the producer gives up all but 24 and the consumers take what is left (`setmaxnreg`). A slot has two
-barriers: «ready», completed by the bytes of a copy, and «free», completed by the consumers when they have read it. The
-producer waits for «free» with the phase before the first, which counts as complete, so the first round does not wait.
+The producer needs few registers, the consumers many: on entry all warps have the same number, then the producer
+releases all but 24 and the consumers take the rest (`setmaxnreg`). A slot has two barriers: "ready", completed by the
+bytes of a copy, and "free", completed by the consumers after they have read it. The producer waits for the "free" of
+the round before; before the first round that phase counts as complete, so the wait does not block.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
-from kernels.hopper.compat import allocate_barriers, tma_load, tma_store
+from kernels.gluon_names import allocate_barriers, tma_load, tma_store
 from kernels.hopper.tile import accumulator_layout, count_key_tiles, finish, mask_scores, softmax_step, store_lse
 
 PRODUCER_WARPS = gl.constexpr(1)
-PRODUCER_REGISTERS = gl.constexpr(24)  # the least that setmaxnreg takes
+PRODUCER_REGISTERS = gl.constexpr(24)  # the minimum of setmaxnreg
 
 
 @gluon.jit
 def load_tile(desc, batch, tile, column, ready, free, ring, STAGES: gl.constexpr):
-    """Waits until the slot is free, asks for the tile, and does not wait for it."""
+    """Waits until the slot is free, issues the copy of the tile, and does not wait for it."""
     BLOCK_N: gl.constexpr = desc.block_type.shape[1]
     slot = tile % STAGES
     phase = tile // STAGES & 1
@@ -30,7 +30,7 @@ def load_tile(desc, batch, tile, column, ready, free, ring, STAGES: gl.constexpr
 
 @gluon.jit
 def produce(descs, rings, barriers, place, tiles, STAGES: gl.constexpr):
-    """The producer: queries once, then K and V, tile by tile, as slots come free."""
+    """The producer: Q once, then K and V tile by tile, as slots become free."""
     q_desc, k_desc, v_desc, o_desc = descs
     q_smem, k_ring, v_ring = rings
     q_ready, k_ready, k_free, v_ready, v_free = barriers
@@ -47,7 +47,7 @@ def consume(
     descs, rings, barriers, place, tiles, lse_ptr, head, seqlen_q, seqlen_k, scale_log2,
     CAUSAL: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """The consumers: rung 2's loop without its copies; they say when they have read a slot."""
+    """The consumers: rung 2's loop without its copies; they arrive at a slot's "free" when they have read it."""
     q_desc, k_desc, v_desc, o_desc = descs
     q_smem, k_ring, v_ring = rings
     q_ready, k_ready, k_free, v_ready, v_free = barriers
@@ -109,11 +109,12 @@ def forward(
     q_smem = gl.allocate_shared_memory(dtype, q_desc.block_type.shape, q_desc.layout)
     k_ring = gl.allocate_shared_memory(dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
     v_ring = gl.allocate_shared_memory(dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
-    q_ready = allocate_barriers(1, 1).index(0)
-    k_ready = allocate_barriers(STAGES, 1)
-    k_free = allocate_barriers(STAGES, 1)
-    v_ready = allocate_barriers(STAGES, 1)
-    v_free = allocate_barriers(STAGES, 1)
+    # The one arrival of a "ready" is that of the producer's `expect`; it completes when the copy's bytes have landed.
+    q_ready = allocate_barriers(1, 1).index(0)  # guards q_smem: the copy's bytes complete it, the consumers wait
+    k_ready = allocate_barriers(STAGES, 1)  # guards reads of a k_ring slot: the copy completes it, the consumers wait
+    k_free = allocate_barriers(STAGES, 1)  # guards its refill: the consumers arrive after Q·Kᵀ, the producer waits
+    v_ready = allocate_barriers(STAGES, 1)  # guards reads of a v_ring slot: the copy completes it, the consumers wait
+    v_free = allocate_barriers(STAGES, 1)  # guards its refill: the consumers arrive after P·V, the producer waits
 
     descs = (q_desc, k_desc, v_desc, o_desc)
     rings = (q_smem, k_ring, v_ring)

@@ -1,6 +1,6 @@
-"""What every rung does with a tile that is in registers: which keys it sees, the softmax step, the end.
+"""What every rung does with a tile in registers: the mask, the softmax step, the normalisation.
 
-The rungs differ in how tiles come into shared memory and who waits for what; this arithmetic is the same in all.
+The rungs differ in how tiles come into shared memory and in their synchronisation; this arithmetic is the same in all.
 Rows are queries; `m` is the largest score so far and `l` the sum, both of a row, as in FlashAttention-2's algorithm 1,
 with 2 as the base of the powers: exp(x) is exp2(x · log2 e), and the factor is folded into the scale.
 """
@@ -13,16 +13,16 @@ LN_2 = gl.constexpr(0.6931471805599453)
 
 @gluon.constexpr_function
 def accumulator_layout(columns, num_warps):
-    """Where WGMMA leaves a tile of `columns`: 16 rows a warp. One instruction multiplies 64 rows, a warpgroup's."""
+    """The layout of a WGMMA accumulator of `columns`: 16 rows per warp, 64 rows per warpgroup and instruction."""
     return gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, columns, 16])
 
 
 @gluon.jit
 def count_key_tiles(start_m, seqlen_q, seqlen_k, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
-    """How many tiles of keys the queries from `start_m` on see.
+    """The number of tiles of keys that the tile of queries at `start_m` sees.
 
-    Causal, the last query of the tile sees the keys up to its own position, aligned at the end: with 3 queries and
-    9 keys in tiles of 4, query 2 sees keys 0 to 8, so 3 tiles.
+    Causal (bottom-right aligned), the last query of the tile sees the most keys: with 3 queries and 9 keys in tiles of
+    4, query 2 sees keys 0 to 8, so 3 tiles.
     """
     stop = seqlen_k
     if CAUSAL:
@@ -32,7 +32,7 @@ def count_key_tiles(start_m, seqlen_q, seqlen_k, BLOCK_M: gl.constexpr, BLOCK_N:
 
 @gluon.jit
 def mask_scores(scores, start_m, start_n, seqlen_q, seqlen_k, CAUSAL: gl.constexpr):
-    """-inf where a key does not exist or, causal, lies after the query. A tile that all see whole is not touched."""
+    """-inf where a key does not exist or, causal, lies after the query. A tile that all rows see whole is unchanged."""
     BLOCK_M: gl.constexpr = scores.shape[0]
     BLOCK_N: gl.constexpr = scores.shape[1]
     layout: gl.constexpr = scores.type.layout
@@ -51,9 +51,9 @@ def mask_scores(scores, start_m, start_n, seqlen_q, seqlen_k, CAUSAL: gl.constex
 
 @gluon.jit
 def softmax_step(scores, m, l, scale_log2):
-    """One tile more: the powers of its scores, the new m and l, and the factor for what was summed before."""
+    """Algorithm 1, line 9: P without its normalisation, the new m and l, and the factor that rescales earlier sums."""
     m_new = gl.maximum(m, gl.max(scores, 1) * scale_log2)
-    shift = gl.where(m_new == float("-inf"), 0.0, m_new)  # a row that sees nothing yet: -inf - -inf would be NaN
+    shift = gl.where(m_new == float("-inf"), 0.0, m_new)  # a row without a key so far: -inf - -inf would be NaN
     p = gl.exp2(scores * scale_log2 - shift[:, None])
     rescale = gl.exp2(m - shift)
     return p, m_new, l * rescale + gl.sum(p, 1), rescale

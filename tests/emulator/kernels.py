@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.hopper.compat import allocate_barriers, tma_load, tma_store
+from kernels.gluon_names import allocate_barriers, tma_load, tma_store
 
 # Layouts for four warps.
 ROW = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.hopper.__main__ import measured, table
-from kernels.hopper.compiled import job_of, rung_jobs
-from kernels.hopper.launch import HEADDIMS, RUNGS, plan
-from kernels.inspection import inspect
+from kernels.compiling import compile_kernels
+from kernels.hopper.__main__ import measured, show_attention, table
+from kernels.hopper.jobs import job_of, rung_jobs
+from kernels.hopper.launch import HEADDIMS, RUNGS, launch_of
 from tests.emulator import kernels
 
 DOCS = (Path(__file__).resolve().parents[2] / "docs" / "hopper.md").read_text(encoding="utf-8")
@@ -26,7 +26,7 @@ def rungs():
         for (rung, headdim), job in rung_jobs(dtype, causal).items()
         if causal or headdim == HEADDIMS[0]
     }
-    return dict(zip(jobs, inspect(jobs.values()), strict=True))
+    return dict(zip(jobs, compile_kernels(jobs.values()), strict=True))
 
 
 def test_every_rung_compiles_in_both_headdims_and_types(rungs):
@@ -66,10 +66,10 @@ def test_a_single_query_and_an_odd_length_compile_too():
     jobs = []
     for rung, seqlen, kind in (("pipelined", 1, "1"), ("specialized", 203, "i32")):
         x = torch.empty(1, seqlen, 1, 64).half()
-        launch = plan(x, x, x, x, torch.empty(1, 1, seqlen), causal=True)
+        launch = launch_of(x, x, x, x, torch.empty(1, 1, seqlen), causal=True)
         jobs.append(job_of(f"{RUNGS[rung].__name__}:forward", launch.arguments, launch.num_warps))
         assert jobs[-1].signature["seqlen_q"] == jobs[-1].signature["seqlen_k"] == kind
-    assert not [report.failure for report in inspect(jobs) if report.failure]
+    assert not [report.failure for report in compile_kernels(jobs) if report.failure]
 
 
 def test_the_kernels_that_are_not_attention_compile_to_what_they_are():
@@ -84,13 +84,18 @@ def test_the_kernels_that_are_not_attention_compile_to_what_they_are():
         "e4m3": job_of("tests.emulator.kernels:gemm_kernel", kernels.gemm(a.to(e4m3), b.to(e4m3), (128, 64, 64))[1], 8),
         "specialized": job_of("tests.emulator.kernels:specialized_gemm_kernel", gemm_arguments, 8),
     }
-    reports = dict(zip(jobs, inspect(jobs.values()), strict=True))
+    reports = dict(zip(jobs, compile_kernels(jobs.values()), strict=True))
     assert not [report.failure for report in reports.values() if report.failure]
     counts = {name: report.hopper for name, report in reports.items()}
     for name in ("copy", "double", "example"):
         assert counts[name]["cp.async.bulk.tensor"] == 2 and counts[name]["wgmma.mma_async"] == 0, name
     assert counts["gemm"]["wgmma.mma_async"] == 4 and counts["e4m3"]["wgmma.mma_async"] == 2  # 64/16, 64/32
     assert reports["specialized"].registers_set == [24, 240]
+
+
+def test_the_module_runs_every_rung_in_the_emulator(capsys):
+    show_attention()
+    assert capsys.readouterr().out.count("largest difference from float64") == 3
 
 
 def test_the_table_in_the_docs_is_what_compiles():

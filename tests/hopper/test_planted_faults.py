@@ -43,7 +43,7 @@ class Fault:
 
     Args:
         names: pieces of the report: the buffer or barrier, and the code of the operations that met.
-        elsewhere: other sides of it that another order may show.
+        elsewhere: other symptoms of it that another order may report.
     """
 
     claim: str
@@ -207,7 +207,7 @@ FAULTS = [
         ("q_ready does not expect the copy", "tma_load(desc", "scores = warpgroup_mma("),
     ),
     Fault(
-        "a barrier initialised by one of those who meet at it",
+        "a barrier initialised by one of the partitions that meet at it",
         "specialized",
         (
             ("q_ready = allocate_barriers(1, 1)", f"q_ready = {UNINITIALISED}"),
@@ -256,7 +256,7 @@ def test_a_report_is_the_same_every_time(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault.report is not OutOfBounds], ids=str)
 def test_a_fault_does_not_hide_in_another_order(fault, tmp_path, monkeypatch):
-    """What is found does not hang on luck, though another order may show another side of the same fault."""
+    """A fault is found in every order, though another order may report another symptom of it."""
     for seed in range(3):
         monkeypatch.setattr(launch, "Program", lambda *args, seed=seed: Program(*args[:3], f"order {seed}"))
         with pytest.raises((fault.report, *fault.elsewhere)):

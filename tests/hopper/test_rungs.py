@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from course.lesson import assert_within_budget
-from kernels.hopper.launch import RUNGS, attention, plan
+from kernels.hopper.launch import RUNGS, attention, launch_of
 from minillm.attention import naive_attention
 from tests.attention.grid import random_qkv
 
@@ -95,7 +95,7 @@ def test_one_sequence_expanded_to_a_batch_is_laid_out_for_the_copy_engine(rung):
     """The engine steps from sequence to sequence by a stride, which 0 is not."""
     q, k, v = (x.expand(2, -1, -1, -1) for x in random_qkv((70, 90), (2, 1), 64, torch.float16))
     check([q, k, v], rung)
-    described = plan(q, k, v, q.clone(), torch.empty(2, 2, 70), causal=False).arguments[:3]
+    described = launch_of(q, k, v, q.clone(), torch.empty(2, 2, 70), causal=False).arguments[:3]
     assert all(stride > 0 for descriptor in described for stride in descriptor.strides)
 
 

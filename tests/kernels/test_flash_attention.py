@@ -1,6 +1,6 @@
 """The Triton kernel against float64: on the GPU where there is one, else in the interpreter, at sizes that fit."""
 
-import importlib.util
+import importlib
 import itertools
 import re
 from contextlib import ExitStack, contextmanager
@@ -13,14 +13,17 @@ import torch
 import triton
 import triton.language as tl
 
-import kernels.flash_attention as flash
+import kernels
 from benchmarks.correctness import assert_right, naive_one_by_one, random_ragged
 from course.widgets import programs
 from kernels import tuning
-from kernels.flash_attention import MODE, Ragged, flash_attention, flash_attn_func, flash_attn_varlen_func
+from kernels.flash_attention import Ragged, flash_attention
+from kernels.runtime import prepare
+from kernels.tiles import tiles_seen
 from minillm.attention.masks import Visibility
 from tests.attention.grid import HEADDIMS, LONG_SEQLENS, SEQLENS, Judge, random_qkv
 
+MODE = prepare()
 DEVICE = "cuda" if MODE.name == "gpu" else "cpu"
 HEADS = {"mha": (2, 2), "gqa": (4, 2), "mqa": (2, 1)}
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -160,7 +163,7 @@ def test_a_window_of_any_size_is_at_most_the_whole_sequence(window_size):
 
 @triton.jit
 def bounds_kernel(out, first, stop, left, right, length, BLOCK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    bounds = flash.tiles_seen(first, stop, left, right, length, BLOCK, LEFT, RIGHT)
+    bounds = tiles_seen(first, stop, left, right, length, BLOCK, LEFT, RIGHT)
     tl.store(out, bounds[0])
     tl.store(out + 1, bounds[1])
     tl.store(out + 2, bounds[2])
@@ -277,8 +280,8 @@ def test_torch_compile_takes_a_call_in_one_piece_with_its_gradients(layout):
 
     def layer(q, k, v):
         if layout == "ragged":
-            return flash_attn_varlen_func(q * 2, k, v, *ragged, causal=True) + 1
-        return flash_attn_func(q[None] * 2, k[None], v[None], causal=True) + 1
+            return flash_attention(q * 2, k, v, ragged, causal=True)[0] + 1
+        return flash_attention(q[None] * 2, k[None], v[None], causal=True)[0] + 1
 
     def results(layer):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -289,27 +292,9 @@ def test_torch_compile_takes_a_call_in_one_piece_with_its_gradients(layout):
     torch.testing.assert_close(results(compiled), results(layer))
 
 
-def test_flash_attns_own_signature_and_its_infinite_lse():
-    q, k, v = (x.to(DEVICE) for x in random_qkv((7, 4), (2, 1), 8))
-    out, lse, probabilities = flash_attn_func(q, k, v, 0.0, 0.3, True, return_attn_probs=True)
-    assert probabilities is None
-    assert torch.equal(lse[:, :, :3], torch.full((1, 2, 3), torch.inf, device=DEVICE))  # rows that see nothing
-    assert torch.equal(out, flash_attn_func(q, k, v, softmax_scale=0.3, causal=True))
-    bounds = (
-        torch.tensor([0, 7], dtype=torch.int32, device=DEVICE),
-        torch.tensor([0, 4], dtype=torch.int32, device=DEVICE),
-    )
-    ragged, lse_ragged, _ = flash_attn_varlen_func(
-        q[0], k[0], v[0], *bounds, 7, 4, softmax_scale=0.3, causal=True, return_attn_probs=True
-    )
-    assert torch.equal(ragged, out[0]) and torch.equal(lse_ragged, lse[0])
-
-
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({"dropout_p": 0.1}, ValueError, "dropout_p is not supported"),
-        ({"alibi_slopes": torch.ones(2)}, ValueError, "alibi_slopes is not supported"),
         ({"softmax_scale": -1.0}, ValueError, "softmax_scale is -1.0"),
         ({"window_size": (-2, 0)}, ValueError, "window_size is"),
         ({"softcap": -1.0}, ValueError, "softcap is -1.0"),
@@ -325,9 +310,10 @@ def test_flash_attns_own_signature_and_its_infinite_lse():
 def test_what_is_not_supported_is_named(arguments, error, message):
     tensors = {name: torch.ones(1, 4, 2, 8) for name in "qkv"}
     with pytest.raises(error, match=message):
-        flash_attn_func(**(tensors | arguments))
+        flash_attention(**(tensors | arguments))
 
 
+KERNELS = Path(kernels.__file__).parent
 BUGS = {
     "a mask aligned at the top left": (r"positions = start \+ seqlen_k - seqlen_q \+ ", "positions = start + ", "out"),
     "no rescale of the accumulator": (r"acc \* rescale\[:, None\]", "acc", "out"),
@@ -339,17 +325,21 @@ BUGS = {
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_caught(bug, tmp_path):
-    """The tests are tested: the kernel's file with one line changed has to fail the check of the grid."""
+def test_a_planted_bug_is_caught(bug, tmp_path, monkeypatch):
+    """The tests are tested: a copy of the kernel's package with one line changed has to fail the check of the grid."""
     pattern, replacement, name = BUGS[bug]
-    source, changes = re.subn(pattern, replacement, Path(flash.__file__).read_text())
-    assert changes
     library = f"planted{list(BUGS).index(bug)}"
-    source = source.replace('"kernels::', f'"{library}::').replace("torch.ops.kernels.", f"torch.ops.{library}.")
-    (tmp_path / f"{library}.py").write_text(source)
-    spec = importlib.util.spec_from_file_location(library, tmp_path / f"{library}.py")
-    planted = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(planted)
+    (tmp_path / library).mkdir()
+    changes = 0
+    for path in (*KERNELS.glob("flash_attention/*.py"), KERNELS / "tiles.py"):
+        source, changed = re.subn(pattern, replacement, path.read_text())
+        changes += changed
+        source = source.replace('"kernels::', f'"{library}::').replace("torch.ops.kernels.", f"torch.ops.{library}.")
+        source = source.replace("kernels.flash_attention", library).replace("kernels.tiles", f"{library}.tiles")
+        (tmp_path / library / path.name).write_text(source)
+    assert changes
+    monkeypatch.syspath_prepend(tmp_path)
+    planted = importlib.import_module(library)
     judge = Judge(random_qkv((70, 140), (2, 1), 16), causal=bug != "a tail that is not masked")
     judge.check(on_device)
     with pytest.raises(AssertionError, match=f"^{name}: error"):

@@ -1,4 +1,4 @@
-"""Where kernels run is decided before Triton is needed, also where somebody else has imported it already."""
+"""Where kernels run is decided before Triton is needed, also where it has been imported already."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ assert out.item() == 15.0, out
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU here: the interpreter was not prepared")
 @pytest.mark.parametrize("before", ["", "import triton.language", "import torch.library, transformers"])
-def test_a_kernel_is_interpreted_whoever_imported_triton_first(before, tmp_path):
+def test_a_kernel_is_interpreted_whichever_module_imported_triton_first(before, tmp_path):
     if "transformers" in before:
         pytest.importorskip("transformers", reason="no transformers: its import of Triton was not tried")
     script = tmp_path / "script.py"  # the interpreter reads the kernel's source from a file

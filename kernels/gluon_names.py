@@ -1,10 +1,10 @@
-"""Gluon's names for Hopper, as they are in the triton that is installed: 3.6 to 3.9 do not all say the same.
+"""Names of Gluon's Hopper module that differ between triton 3.6 and 3.9, resolved for the installed version.
 
 | here | 3.6, 3.7 | 3.8 | 3.9 |
 |---|---|---|---|
-| `tma_load` | `tma.async_copy_global_to_shared` | `tma.async_load`, or the older name | `tma.async_load` alone |
-| `tma_store` | `tma.async_copy_shared_to_global` | `tma.async_store`, or the older name | `tma.async_store` alone |
-| `allocate_barriers` | from 3.7 on `mbarrier.allocate_mbarrier` does half of it | the same | the same |
+| `tma_load` | `tma.async_copy_global_to_shared` | `tma.async_load`, and the older name | `tma.async_load` alone |
+| `tma_store` | `tma.async_copy_shared_to_global` | `tma.async_store`, and the older name | `tma.async_store` alone |
+| `allocate_barriers` | none; 3.7 has `mbarrier.allocate_mbarrier`, without the init | as 3.7 | as 3.7 |
 """
 
 from triton.experimental import gluon

@@ -1,4 +1,4 @@
-"""What the rungs compile to on Hopper, without one: jobs for `kernels.inspection`."""
+"""The rungs as jobs for `kernels.compiling`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ from torch import Tensor
 from triton._utils import canonicalize_dtype
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.hopper.launch import HEADDIMS, RUNGS, plan
-from kernels.inspection import Job
+from kernels.compiling.job import Job
+from kernels.hopper.launch import HEADDIMS, RUNGS, launch_of
+
+
+def hopper_jobs(target: str) -> dict[str, Job]:
+    """Every rung in every head dimension, for Hopper: no other target has its instructions. {name: job}."""
+    jobs = rung_jobs() if target == "sm_90" else {}
+    return {f"{rung} d={headdim}": job for (rung, headdim), job in jobs.items()}
 
 
 def rung_jobs(dtype: torch.dtype = torch.bfloat16, causal: bool = True) -> dict[tuple[str, int], Job]:
@@ -21,15 +27,15 @@ def rung_jobs(dtype: torch.dtype = torch.bfloat16, causal: bool = True) -> dict[
 
 def _rung_job(rung: str, headdim: int, dtype: torch.dtype, causal: bool) -> Job:
     q, k, v, out = (torch.empty(1, 256, nheads, headdim, dtype=dtype) for nheads in (4, 2, 2, 4))
-    launch = plan(q, k, v, out, torch.empty(1, 4, 256), causal)
+    launch = launch_of(q, k, v, out, torch.empty(1, 4, 256), causal)
     return job_of(f"{RUNGS[rung].__name__}:forward", launch.arguments, launch.num_warps)
 
 
 def job_of(kernel: str, arguments: list[Any], num_warps: int) -> Job:
-    """The compilation that a launch with these arguments would begin.
+    """The compilation that a launch with these arguments needs.
 
     Args:
-        kernel: where it stands, such as "kernels.hopper.rung2_pipelined:forward".
+        kernel: module and function, such as "kernels.hopper.rung2_pipelined:forward".
         arguments: as for a launch; the tensors may be on the CPU.
         num_warps: of the block, or of its first partition.
     """
@@ -44,7 +50,7 @@ def job_of(kernel: str, arguments: list[Any], num_warps: int) -> Job:
 
 
 def _type(value: Any) -> str:
-    """As Triton names it at a launch, where it looks for ones and for multiples of 16."""
+    """An argument's type as a launch finds it: Triton specialises on the value 1 and on multiples of 16."""
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{canonicalize_dtype(value.base.dtype)}{list(value.block_shape)},{value.layout!r}>"
     if isinstance(value, Tensor):
