@@ -1,4 +1,4 @@
-"""The calls that the MiniLLM document shows (its section «核心功能使用») run as they stand there, with our package's name."""
+"""The calls that the MiniLLM document shows (核心功能使用) run as they stand there, with our package's name."""
 
 import torch
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minillm.attention.keys import Keys, Options
+from minillm.attention.keys import Keys, Options, longest
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 PADDED, RAGGED = "(batch, seqlen, nheads, headdim)", "(total, nheads, headdim)"
@@ -89,6 +89,11 @@ def _check_ragged(q: Tensor, keys: Keys, options: Options) -> None:
         bounds = [0, len(x)] if cu_seqlens.is_cuda and max_seqlen is not None else cu_seqlens.tolist()
         if not bounds or bounds[0] != 0 or bounds[-1] != len(x) or bounds != sorted(bounds):
             raise ValueError(f"{name} is {bounds}, wants to rise from 0 to the {len(x)} rows of {of}")
+        if max_seqlen is not None and not cu_seqlens.is_cuda and longest(cu_seqlens) > max_seqlen:
+            raise ValueError(
+                f"max_seqlen_{of} is {max_seqlen}, and a sequence has {longest(cu_seqlens)} rows: "
+                "give the longest, or an upper bound"
+            )
     batch = len(q) if options.cu_seqlens_q is None else len(options.cu_seqlens_q) - 1
     if keys.batch != batch:
         raise ValueError(f"the keys have {keys.batch} sequences, the queries {batch}: they must agree")

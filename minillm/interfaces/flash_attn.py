@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillm.attention import attention, attention_varlen
+from minillm.attention import Keys, attend, attention
 
 
 def flash_attn_func(
@@ -96,15 +96,15 @@ def flash_attn_varlen_func(
         As `flash_attn_func`, lse being (nheads, total_q).
 
     Raises:
-        ValueError, TypeError: as `flash_attn_func`; and where a sequence is longer than max_seqlen says.
+        ValueError, TypeError: as `flash_attn_func`; and, for tensors on a CPU, where a sequence is longer than
+            max_seqlen says (on a GPU the call would have to wait to find out).
     """
     _refuse(dropout_p=dropout_p, alibi_slopes=alibi_slopes, block_table=block_table)
-    _check_longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q)
-    _check_longest("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
+    keys = Keys(k, v, cu_seqlens_k, max_seqlen=max_seqlen_k)
     options: dict[str, Any] = dict(
         causal=causal, softmax_scale=softmax_scale, window_size=window_size, softcap=softcap, backend=backend
     )
-    out, lse = attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, return_lse=True, **options)
+    out, lse = attend(q, keys, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, return_lse=True, **options)
     return _as_flash_attn(out, lse, return_attn_probs)
 
 
@@ -112,12 +112,6 @@ def _refuse(**arguments) -> None:
     for name, value in arguments.items():
         if isinstance(value, Tensor) or value:
             raise ValueError(f"{name} is not supported: leave it out")
-
-
-def _check_longest(name: str, given: int, cu_seqlens: Tensor) -> None:
-    longest = max(cu_seqlens.diff().tolist(), default=0)
-    if longest > given:
-        raise ValueError(f"{name} is {given}, and a sequence has {longest} rows: give the longest, or an upper bound")
 
 
 def _as_flash_attn(out: Tensor, lse: Tensor, return_attn_probs: bool) -> Any:
