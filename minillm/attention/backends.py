@@ -131,13 +131,13 @@ class Backend:
         strength: why "auto" takes it.
         run: the attention, as `attend` returns it.
         why_not: what it cannot do, None where it can; holds for a call by name, too.
-        slow: why "auto" passes it over although it can, as long as another one is not slow.
+        slow: why "auto" passes it over although it can.
     """
 
     strength: str
     run: Callable[[Tensor, Keys, Options], Any]
-    why_not: Callable[[Tensor, Keys, Options], str | None]
-    slow: Callable[[Tensor, Keys, Options], str | None]
+    why_not: Callable[[Tensor, Keys, Options], str | None] = lambda q, keys, options: None
+    slow: Callable[[Tensor, Keys, Options], str | None] = lambda q, keys, options: None
 
 
 def _run(q: Tensor, keys: Keys, options: Options, backend: str) -> Any:
@@ -156,16 +156,13 @@ def _choose(q: Tensor, keys: Keys, options: Options, name: str) -> Choice:
 
 
 def _first_that_can(q: Tensor, keys: Keys, options: Options) -> Choice:
-    """The first in order that is not slow; where all that can are slow, the first of those."""
     against: dict[str, str] = {}
     for name in ORDER:
         reason = BACKENDS[name].why_not(q, keys, options) or BACKENDS[name].slow(q, keys, options)
         if reason is None:
             return Choice(name, BACKENDS[name].strength, against)
         against[name] = reason
-    name = next(name for name in ORDER if BACKENDS[name].why_not(q, keys, options) is None)
-    del against[name]
-    return Choice(name, BACKENDS[name].strength, against)
+    raise AssertionError(f"the last of {ORDER} does everything")
 
 
 def _no_tiles(q: Tensor, keys: Keys, options: Options) -> str | None:
@@ -173,19 +170,16 @@ def _no_tiles(q: Tensor, keys: Keys, options: Options) -> str | None:
 
 
 def _one_by_one(q: Tensor, keys: Keys, options: Options) -> str | None:
-    return None if keys.dense and options.cu_seqlens_q is None else "takes the sequences one by one"
+    """A launch for each sequence is slow where the Triton kernel has one launch for all of them."""
+    kernel = BACKENDS["triton"]
+    one_launch = kernel.why_not(q, keys, options) is None and kernel.slow(q, keys, options) is None
+    dense = keys.dense and options.cu_seqlens_q is None
+    return "would take the sequences one by one" if one_launch and not dense else None
 
 
 BACKENDS = {
-    "naive": Backend(
-        "the whole score matrix in memory", partial(each_sequence, naive_attention), _no_tiles, _one_by_one
-    ),
-    "tiled": Backend(
-        "tiles in PyTorch: does everything, in little memory",
-        partial(each_sequence, flash_attention),
-        lambda q, keys, options: None,
-        _one_by_one,
-    ),
+    "naive": Backend("the whole score matrix in memory", partial(each_sequence, naive_attention), _no_tiles),
+    "tiled": Backend("tiles in PyTorch: does everything, in little memory", partial(each_sequence, flash_attention)),
     "sdpa": Backend("PyTorch's fused kernel, the fastest one here", sdpa.run, sdpa.why_not, _one_by_one),
     "triton": Backend(
         "the course's FlashAttention-2 kernel: does everything, on a GPU", triton.run, triton.why_not, triton.slow

@@ -14,8 +14,8 @@ from minillm.config import ModelConfig
 class KVCache:
     """Keys and values of the tokens so far, for every layer; each row of the batch has its own length.
 
-    A row's tokens lie in slots 0 to length - 1 without gaps, keys after RoPE. The slots behind them hold zeros: a step of
-    a longer row reads them with weight 0, and 0 times a stale NaN would be NaN.
+    A row's tokens lie in slots 0 to length - 1 without gaps, keys after RoPE. The slots behind them hold zeros: a longer
+    row's step reads those too, with weight 0, and 0 times a stale NaN would be NaN.
 
     Args:
         config: the model's shape; its `max_position_embeddings` is the limit of a row.

@@ -7,8 +7,8 @@ import torch
 
 from course.lesson import assert_within_budget
 from kernels.runtime import prepare
-from minillm.attention import Keys, attend, naive_attention
-from minillm.attention.keys import cu_seqlens_of
+from minillm.attention import Keys, attend, backends, naive_attention
+from minillm.attention.keys import Options, cu_seqlens_of
 
 BACKENDS = ["auto", "naive", "tiled", "sdpa", *(["triton"] if prepare().name == "interpreter" else [])]
 LENGTHS_K = [5, 0, 130, 16]
@@ -149,3 +149,10 @@ def test_a_cache_with_more_rows_than_lengths_is_refused_for_ragged_queries_too()
 def test_an_unknown_option_is_refused():
     with pytest.raises(TypeError, match="dropout_p"):
         attend(torch.zeros(3, 1, 4, 8), Keys(K, K), dropout_p=0.1)
+
+
+def test_auto_never_takes_the_interpreter_and_on_a_cpu_the_fastest_that_can():
+    q, keys, bounds = torch.zeros(3, 4, 8), ragged(sequences([5, 9])), int32([0, 1, 3])
+    for return_lse, expected in ((False, "sdpa"), (True, "tiled")):
+        options = Options(return_lse=return_lse, cu_seqlens_q=bounds)
+        assert backends._choose(q, keys, options, "auto").name == expected
