@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from playwright.sync_api import BrowserContext, ConsoleMessage, Locator, TimeoutError
 
-from course.run_tests import CELL_TIMEOUT
+from tools.run_tests import CELL_TIMEOUT
 
 LOOPBACK = {"127.0.0.1", "localhost", "::1", None}  # None: data: and blob:, which no wire carries
 NOTEBOOK_TIMEOUT = 300  # seconds; a lesson should take under 60

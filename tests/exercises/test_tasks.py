@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 import course
-from course.run_tests import ROOT
+from tools.run_tests import ROOT
 from course.tasks import TASKS, NotYet, check, fresh_inputs
 from course.tasks.task import Case, run
 from tests.exercises.answers import answer_cell, right_answers, solution, graded_cells

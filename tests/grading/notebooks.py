@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from course.grading.unit import Unit, find_units
+from grading.unit import Unit, find_units
 
 needs_bubblewrap = pytest.mark.skipif(
     shutil.which("bwrap") is None, reason="not verified: the sandbox, for bubblewrap is not installed"

@@ -17,11 +17,10 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from course.grading import report
-from course.grading.__main__ import DONE, main
-from course.grading.remote import Patience
-from course.grading.sandbox import ROOT
-from course.grading.unit import find_units
+from grading import ROOT, output
+from grading.__main__ import DONE, main
+from grading.remote import Patience
+from grading.unit import find_units
 from tests.grading.attacks import ATTACKS, ON_COUNTS, Attack
 from tests.grading.notebooks import POINTS, RIGHT, handed_in, needs_bubblewrap, released, save, unit
 
@@ -81,7 +80,7 @@ def test_no_attack_gains_a_point_or_harms_a_neighbour(half, tmp_path, capsys):
 @needs_bubblewrap
 def test_no_attack_on_what_is_counted_gains_a_point(tmp_path, monkeypatch):
     submitted, grades = tmp_path / "submitted", tmp_path / "grades"
-    monkeypatch.setattr(report, "to_html", lambda *_: "")  # a page each takes longer than to grade some
+    monkeypatch.setattr(output, "to_html", lambda *_: "")  # a page each takes longer than to grade some
     for number, names in enumerate(together(ON_COUNTS)):
         (first, *rest), (unit_name, function) = [dedent(ON_COUNTS[name].answer) for name in names], attacked(names[0])
         submission = handed_in(first, after=rest, name=unit_name, function=function)

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from course.grading import __main__ as command
-from course.grading import batch, gradebook, report, sandbox
-from course.grading.__main__ import DONE, REFUSED, SOME_NOT, STOPPED, main
-from course.grading.feedback import annotated, to_html
-from course.grading.grade import Result, Verdict
-from course.grading.sandbox import SandboxError
-from course.grading.submission import shown, text_answer, to_run
-from course.grading.unit import find_units
+from grading import __main__ as command
+from grading import batch, bubblewrap, gradebook, output
+from grading.__main__ import DONE, REFUSED, SOME_NOT, STOPPED, main
+from grading.bubblewrap import SandboxError
+from grading.feedback import annotated, to_html
+from grading.grade import Result, Verdict
+from grading.submission import shown, text_answer, to_run
+from grading.unit import find_units
 from tests.grading.notebooks import POINTS, RIGHT, grade_id, handed_in, save, unit
 
 WORDS = "Each key is read once."
@@ -89,8 +89,8 @@ def course(tmp_path, monkeypatch) -> Course:
     monkeypatch.setenv("MINILLM_PROGRESS", str(tmp_path / "progress.json"))
     # nbgrader starts a program that tells this, for seconds, with each new gradebook.
     monkeypatch.setattr("nbgrader.api.get_alembic_version", lambda: "for a test")
-    page_of = report.to_html  # a third of a second each: only a person's comment is looked for in one
-    monkeypatch.setattr(report, "to_html", lambda page, result: page_of(page, result) if result.comments else "")
+    page_of = output.to_html  # a third of a second each: only a person's comment is looked for in one
+    monkeypatch.setattr(output, "to_html", lambda page, result: page_of(page, result) if result.comments else "")
     return course
 
 
@@ -121,8 +121,8 @@ def test_another_triton_is_another_grader(monkeypatch):
 
 
 def test_a_sandbox_asks_for_no_more_than_its_grader_may_have(monkeypatch):
-    monkeypatch.setattr(sandbox.resource, "getrlimit", lambda _: (1 << 33, 1 << 33))
-    assert f"--as={1 << 33}" in sandbox._prlimit(sandbox.Limits())
+    monkeypatch.setattr(bubblewrap.resource, "getrlimit", lambda _: (1 << 33, 1 << 33))
+    assert f"--as={1 << 33}" in bubblewrap.prlimit(bubblewrap.Limits())
 
 
 def test_see_remarks_means_that_something_could_not_be_read(course, capsys):
@@ -280,7 +280,7 @@ def test_what_cannot_be_done_is_refused_with_the_cure(course, monkeypatch, capsy
     options = ["--unit", "99"]
     if case == "no bubblewrap":
         said, options = "sudo apt install bubblewrap", []
-        monkeypatch.setattr(command, "find_bubblewrap", sandbox.find_bubblewrap)
+        monkeypatch.setattr(command, "find_bubblewrap", bubblewrap.find_bubblewrap)
         monkeypatch.setenv("PATH", "/nowhere")
     if case == "no folder":
         said, options, course.submitted = "No such file", [], course.submitted / "not" / "here"

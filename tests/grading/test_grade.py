@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from course.grading.grade import MAX_ANSWER, Result, grade
-from course.grading.remote import StudentProcess
-from course.grading.submission import choose, find_students
-from course.grading.unit import Unit, find_units
+from grading.grade import MAX_ANSWER, Result, grade
+from grading.remote import StudentProcess
+from grading.submission import choose, find_students
+from grading.unit import Unit, find_units
 from tests.grading.notebooks import WRONG, grade_id, handed_in, needs_bubblewrap, save
 
 UNITS = find_units()
@@ -46,7 +46,7 @@ class Here(StudentProcess):
 
 
 def test_a_seed_repeats_a_grading_and_another_one_does_not(tmp_path, monkeypatch):
-    monkeypatch.setattr("course.grading.grade.StudentProcess", Here)
+    monkeypatch.setattr("grading.grade.StudentProcess", Here)
     words = []
     for seed in (1, 1, 2):
         result = graded(handed_in(WRONG), UNITS[0], tmp_path, seed)
@@ -56,7 +56,7 @@ def test_a_seed_repeats_a_grading_and_another_one_does_not(tmp_path, monkeypatch
 
 
 def test_an_answer_in_words_is_cut_where_its_page_would_take_minutes(tmp_path, monkeypatch):
-    monkeypatch.setattr("course.grading.grade.StudentProcess", Here)
+    monkeypatch.setattr("grading.grade.StudentProcess", Here)
     notebook = handed_in(WRONG)
     (question,) = [cell for cell in notebook["cells"] if grade_id(cell) == UNITS[0].texts[0].grade_id]
     question["source"] = "![x" * MAX_ANSWER

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from course.grading.remote import AnswerLost, AnswerRaised, NotAnswered, Patience, RemoteFunction, StudentProcess
+from grading.remote import AnswerLost, AnswerRaised, NotAnswered, Patience, RemoteFunction, StudentProcess
 from minillm.measure.traffic import Traffic
 from tests.grading.notebooks import needs_bubblewrap
 

@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from course.grading import report
-from course.grading.__main__ import DONE, main
-from course.grading.submission import (
+from grading import output
+from grading.__main__ import DONE, main
+from grading.submission import (
     MAX_ENTRIES,
     MAX_FILE,
     Submission,
@@ -25,7 +25,7 @@ from course.grading.submission import (
     text_answer,
     to_run,
 )
-from course.grading.unit import find_units
+from grading.unit import find_units
 from tests.grading.notebooks import (
     FUNCTION,
     POINTS,
@@ -104,7 +104,7 @@ def test_a_right_answer_keeps_its_points_however_the_notebook_comes_back(tmp_pat
     submitted, grades = tmp_path / "submitted", tmp_path / "grades"
     for name, (notebook, _) in RETURNED.items():
         save(notebook(), submitted / name / "homework (1).ipynb")
-    monkeypatch.setattr(report, "to_html", lambda *_: "")
+    monkeypatch.setattr(output, "to_html", lambda *_: "")
     assert main([str(submitted), "--unit", "01", "--grades", str(grades), "--jobs", "1"]) == DONE
     results = read_results(grades)
     table = Table("came back", "points", title="Notebooks as they come back")

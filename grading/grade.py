@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from course.grading.remote import AnswerError, AnswerLost, Patience, StudentProcess, plain
-from course.grading.submission import Cell, Submission, text_answer, to_run
-from course.grading.unit import Test, Unit
 from course.tasks.task import fresh_inputs
+from grading.remote import AnswerError, AnswerLost, Patience, StudentProcess, plain
+from grading.submission import Cell, Submission, text_answer, to_run
+from grading.unit import Test, Unit
 
 MAX_ANSWER = 20_000  # characters in words: the page for the student takes the square of their time
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from course.grading import batch, report
-from course.grading.grade import Result
-from course.grading.gradebook import take_hand_grades
-from course.grading.remote import Patience
-from course.grading.sandbox import ROOT, SandboxError, find_bubblewrap
-from course.grading.submission import find_students
-from course.grading.unit import find_units
+from grading import ROOT, batch, output
+from grading.bubblewrap import SandboxError, find_bubblewrap
+from grading.grade import Result
+from grading.gradebook import take_hand_grades
+from grading.remote import Patience
+from grading.submission import find_students
+from grading.unit import find_units
 
 DONE, SOME_NOT, REFUSED, STOPPED = 0, 1, 2, 130
 
@@ -52,12 +52,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         results += show(todo, options, manner)
         results.sort(key=lambda result: order[result.slug, result.unit])
-        report.write(options.grades, every, results, hand)
+        output.write(options.grades, every, results, hand)
     except KeyboardInterrupt:
         print("Stopped. The same command goes on from here; there is no grades.csv until it is through.")
         return STOPPED
     shown = [result for result in results if result.unit in wanted]
-    print("\n".join(report.summary(options.grades, shown, time.monotonic() - start)))
+    print("\n".join(output.summary(options.grades, shown, time.monotonic() - start)))
     return SOME_NOT if any(result.state == "failed" for result in results) else DONE
 
 
@@ -70,13 +70,13 @@ def show(jobs: list[batch.Job], options: argparse.Namespace, manner: batch.Manne
             own = done.setdefault(result.slug, [])
             own.append(result)
             if len(own) == waiting[result.slug]:
-                bar.write(report.line(own), file=sys.stdout)
+                bar.write(output.line(own), file=sys.stdout)
             bar.update()
     return [result for own in done.values() for result in own]
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m course.grading", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m grading", description=__doc__)
     parser.add_argument("submissions", type=Path, help="a folder with a folder for each student")
     parser.add_argument("--unit", default="", help="only the unit whose name begins so, as in 02")
     parser.add_argument("--grades", type=Path, default=ROOT / "grades", help="where results go (default: grades)")

@@ -11,7 +11,8 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-from course.tasks.release import ROOT, SOURCE, release
+from grading import ROOT
+from grading.release import SOURCE, notebooks, release
 
 MAX_PARSED = 8000  # characters of a cell: the time that Python takes for a long f-string grows with its square
 
@@ -118,7 +119,7 @@ def find_units(root: Path = ROOT, only: str = "") -> list[Unit]:
     Raises:
         ValueError: there is none.
     """
-    paths = sorted(path for path in (root / SOURCE).glob("*/*.ipynb") if path.parent.name == path.stem)
+    paths = notebooks(root / SOURCE)
     chosen = [path for path in paths if path.stem.startswith(only)]
     if not chosen:
         raise ValueError(f"UNIT={only} is no unit: one of {', '.join(path.stem for path in paths) or '(none)'}")

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from course.grading.remote import plain
-from course.grading.unit import Text, Unit, form
+from grading.remote import plain
+from grading.unit import Text, Unit, form
 
 MAX_FILE = 32 << 20  # bytes
 MAX_SOURCE = 3 << 20  # characters of all cells together

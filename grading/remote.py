@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from course.grading.protocol import Channel, ProtocolError, decode, encode
-from course.grading.sandbox import Limits, Sandbox, SandboxError
+from grading.bubblewrap import Limits, SandboxError
+from grading.protocol import Channel, ProtocolError, decode, encode
+from grading.sandbox import Sandbox
 from minillm.measure.traffic import Counted
 
 START_SECONDS = 60  # to import torch

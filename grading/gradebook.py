@@ -20,9 +20,9 @@ from typing import Any
 
 import nbformat
 
-from course.grading.feedback import annotated
-from course.grading.grade import Result, Verdict
-from course.grading.unit import Unit, grade_id, is_answer, is_test, is_text, points
+from grading.feedback import annotated
+from grading.grade import Result, Verdict
+from grading.unit import Unit, grade_id, is_answer, is_test, is_text, points
 
 FOLDER, DATABASE, HAND = "nbgrader", "gradebook.db", "hand.json"
 BEFORE = "gradebook.before.db"  # the last one, in case that something in it is missed

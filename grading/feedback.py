@@ -15,9 +15,9 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode, v4
 
-from course.grading.grade import MAX_ANSWER, Result, Verdict
-from course.grading.remote import plain
-from course.grading.unit import Unit, grade_id, is_answer, is_test, is_text
+from grading.grade import MAX_ANSWER, Result, Verdict
+from grading.remote import plain
+from grading.unit import Unit, grade_id, is_answer, is_test, is_text
 
 SHOWN = 50_000  # characters of a student's cells and outputs: to colour a million takes minutes
 

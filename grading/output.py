@@ -9,10 +9,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from course.grading.feedback import annotated, to_html
-from course.grading.grade import Result
-from course.grading.gradebook import FOLDER, Hand, with_hand_grades, write_gradebook
-from course.grading.unit import Unit
+from grading.feedback import annotated, to_html
+from grading.grade import Result
+from grading.gradebook import FOLDER, Hand, with_hand_grades, write_gradebook
+from grading.unit import Unit
 
 
 def write(grades: Path, units: list[Unit], results: list[Result], hand: Hand) -> None:

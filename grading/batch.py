@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
-from course.grading.grade import Result, grade
-from course.grading.gradebook import write_json
-from course.grading.remote import Patience
-from course.grading.sandbox import ROOT
-from course.grading.submission import Student, Submission, choose
-from course.grading.unit import Unit
+from grading import ROOT
+from grading.grade import Result, grade
+from grading.gradebook import write_json
+from grading.remote import Patience
+from grading.submission import Student, Submission, choose
+from grading.unit import Unit
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def jobs_of(student: Student, units: list[Unit], manner: Manner) -> Iterator[Job
 @cache
 def grader_hash() -> str:
     """Of all code that a verdict comes from."""
-    folders = ["course/grading", "course/tasks", "minillm", "kernels"]
+    folders = ["grading", "course/tasks", "minillm", "kernels"]
     paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
     digest = hashlib.sha256(f"{torch.__version__} {_version('triton')}".encode())
     for path in [*paths, ROOT / "course" / "lesson.py"]:
@@ -141,7 +141,7 @@ def _in_processes(jobs: list[Job], processes: int, manner: Manner, lose: Callabl
     if not jobs:
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["course.grading.batch"])  # torch is imported once, and not again for each pool
+    context.set_forkserver_preload(["grading.batch"])  # torch is imported once, and not again for each pool
     pool = ProcessPoolExecutor(max(1, min(processes, len(jobs))), context, _alone)
     try:
         futures: dict[Future[Result], Job] = {pool.submit(grade_job, job, manner): job for job in jobs}

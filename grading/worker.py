@@ -247,10 +247,9 @@ class NotHere(MetaPathFinder, Loader):
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name == "course.tasks.triton_programs":
-            places = (Path(__file__).parent, Path(__file__).parents[1] / "tasks")  # in the sandbox, and without one
-            return spec_from_file_location(
-                name, next(place / PROGRAMS for place in places if (place / PROGRAMS).exists())
-            )
+            here = Path(__file__).parent  # in the sandbox the file lies beside this one, without one in the course
+            places = (here / PROGRAMS, here.parent / "course" / "tasks" / PROGRAMS)
+            return spec_from_file_location(name, next(place for place in places if place.exists()))
         package = name.partition(".")[0]
         if package == "minillm" or (package == "kernels" and name not in ("kernels", "kernels.runtime")):
             raise ImportError(f"{package} is not available where answers are graded: use torch alone")
