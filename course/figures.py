@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from minillm.attention.masks import Visibility, tiles
-from minillm.measure.roofline import GPU, GPUS, attainable, ridge
+from minillm.measure import GPU, GPUS, attainable, ridge
 
 # Safe for colour-blind readers (after Okabe and Ito), each at 4.5:1 or more against white.
 Q, K, V = "#0068A8", "#B84A00", "#00734F"

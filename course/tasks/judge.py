@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from course.lesson import error_budget
 from course.tasks.task import NotBegun, NotYet
-from minillm.measure import format_bytes, measure_memory
+from minillm.measure import error_budget, format_bytes, measure_memory
 
 # Where memory or traffic is judged, the result need only be the right one: many blocks, many roundings.
 COARSE = 32
