@@ -27,8 +27,12 @@ from grading.unit import Unit
 
 
 @dataclass(frozen=True)
-class Job:
-    """One student's one unit."""
+class StudentUnit:
+    """One unit of one student, to be graded.
+
+    Attributes:
+        key: a hash of everything that its result depends on, but for the random inputs.
+    """
 
     student: str
     slug: str
@@ -37,26 +41,27 @@ class Job:
     key: str
 
     def empty(self) -> Result:
+        """A result without verdicts."""
         return Result(self.student, self.slug, self.unit.name, key=self.key, unread=self.submission.unread)
 
 
 @dataclass(frozen=True)
 class Manner:
-    """How to grade: see `grade`."""
+    """How to grade: the arguments of `grade` that are the same for all."""
 
     seed: int | None = None
     patience: Patience = Patience()
     unsafe: bool = False
 
 
-def jobs_of(student: Student, units: list[Unit], manner: Manner) -> Iterator[Job]:
-    """A job for each unit; its key changes with everything that a verdict depends on, but for the random inputs."""
+def units_of(student: Student, units: list[Unit], manner: Manner) -> Iterator[StudentUnit]:
+    """What there is to grade of a student: every unit, whether it was handed in or not."""
     chosen = choose(student, units)
     for unit in units:
         submission = chosen[unit.name]
         parts = [student.name, submission.key, unit.hash, grader_hash(), repr((manner.patience, manner.unsafe))]
         key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-        yield Job(student.name, student.slug, unit, submission, key)
+        yield StudentUnit(student.name, student.slug, unit, submission, key)
 
 
 @cache
@@ -65,7 +70,7 @@ def grader_hash() -> str:
     folders = ["grading", "course/tasks", "minillm", "kernels"]
     paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
     digest = hashlib.sha256(f"{torch.__version__} {_version('triton')}".encode())
-    for path in [*paths, ROOT / "course" / "lesson.py"]:
+    for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -88,9 +93,9 @@ def read_all(grades: Path) -> Iterator[Result]:
             yield Result.from_json(json.loads(path.read_text(encoding="utf-8")))
 
 
-def stored(grades: Path, jobs: list[Job]) -> list[Result]:
+def stored(grades: Path, every: list[StudentUnit]) -> list[Result]:
     """The results of an earlier run that hold: nothing that they depend on has changed."""
-    keys = {(job.slug, job.unit.name): job.key for job in jobs}
+    keys = {(one.slug, one.unit.name): one.key for one in every}
     return [
         result
         for result in read_all(grades)
@@ -108,28 +113,28 @@ def forget_the_rest(grades: Path, results: list[Result]) -> None:
     shutil.rmtree(grades / "feedback", ignore_errors=True)
 
 
-def missing(jobs: list[Job], results: list[Result]) -> list[Job]:
-    """The jobs that have no result."""
+def missing(every: list[StudentUnit], results: list[Result]) -> list[StudentUnit]:
+    """Those that have no result."""
     known = {(result.slug, result.unit) for result in results}
-    return [job for job in jobs if (job.slug, job.unit.name) not in known]
+    return [one for one in every if (one.slug, one.unit.name) not in known]
 
 
-def run(jobs: list[Job], grades: Path, processes: int, manner: Manner) -> Iterator[Result]:
+def run(todo: list[StudentUnit], grades: Path, processes: int, manner: Manner) -> Iterator[Result]:
     """Grades, and stores each result as soon as it is there.
 
     Args:
         grades: the folder for all that is stored.
         processes: how many work at a time.
     """
-    lost: list[Job] = []
-    for result in _in_processes(jobs, processes, manner, lost.append):
+    lost: list[StudentUnit] = []
+    for result in _in_processes(todo, processes, manner, lost.append):
         yield _store(result, grades)
-    for job in lost:  # one of them took the others with it, and nobody knows which: each gets a process to itself
-        gone: list[Job] = []
-        for result in _in_processes([job], 1, manner, gone.append):
+    for one in lost:  # one of them ended the pool, and it is not known which: each gets a process of its own
+        gone: list[StudentUnit] = []
+        for result in _in_processes([one], 1, manner, gone.append):
             yield _store(result, grades)
         if gone:
-            yield _store(_failed(job, "the grader's process was ended from outside"), grades)
+            yield _store(_failed(one, "the grader's process was ended from outside"), grades)
 
 
 def _store(result: Result, grades: Path) -> Result:
@@ -137,14 +142,16 @@ def _store(result: Result, grades: Path) -> Result:
     return result
 
 
-def _in_processes(jobs: list[Job], processes: int, manner: Manner, lose: Callable[[Job], None]) -> Iterator[Result]:
-    if not jobs:
+def _in_processes(
+    todo: list[StudentUnit], processes: int, manner: Manner, lose: Callable[[StudentUnit], None]
+) -> Iterator[Result]:
+    if not todo:
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["grading.batch"])  # torch is imported once, and not again for each pool
-    pool = ProcessPoolExecutor(max(1, min(processes, len(jobs))), context, _alone)
+    pool = ProcessPoolExecutor(max(1, min(processes, len(todo))), context, _alone)
     try:
-        futures: dict[Future[Result], Job] = {pool.submit(grade_job, job, manner): job for job in jobs}
+        futures: dict[Future[Result], StudentUnit] = {pool.submit(grade_one, one, manner): one for one in todo}
         for future in as_completed(futures):
             try:
                 yield future.result()
@@ -164,16 +171,16 @@ def _alone() -> None:
     torch.set_num_threads(1)
 
 
-def grade_job(job: Job, manner: Manner) -> Result:
-    """Grades one student's one unit, and turns every fault of the grader's own into a remark."""
+def grade_one(one: StudentUnit, manner: Manner) -> Result:
+    """Grades one unit of one student, and turns every fault of the grader's own into a remark."""
     try:
-        return grade(job.empty(), job.unit, job.submission, manner.seed, manner.patience, manner.unsafe)
+        return grade(one.empty(), one.unit, one.submission, manner.seed, manner.patience, manner.unsafe)
     except Exception as error:
-        return _failed(job, f"{type(error).__name__}: {error}")
+        return _failed(one, f"{type(error).__name__}: {error}")
 
 
-def _failed(job: Job, reason: str) -> Result:
-    result = job.empty()
+def _failed(one: StudentUnit, reason: str) -> Result:
+    result = one.empty()
     result.state = "failed"
-    result.remarks = [*job.submission.remarks, f"not graded: {reason}"]
+    result.remarks = [*one.submission.remarks, f"not graded: {reason}"]
     return result

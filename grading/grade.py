@@ -133,7 +133,7 @@ def grade(
         except TestIsBroken as error:
             result.state, result.verdicts = "failed", []
             result.remarks.append(f"not graded: {error}")
-        result.cells = _with_outcomes(own, student)
+        result.cells = _cells_with_runs(own, student)
     if result.state == "graded":
         for text in unit.texts:
             words = text_answer(submission.file, text, unit)
@@ -224,11 +224,11 @@ def _run(sources: list[str], namespace: dict[str, Any]) -> None:
             raise TestIsBroken(f"a setup cell of the solution raises {type(error).__name__}: {error}") from None
 
 
-def _with_outcomes(cells: list[Cell], student: StudentProcess) -> list[dict[str, Any]]:
-    outcomes = {outcome.number: outcome for outcome in student.outcomes}
+def _cells_with_runs(cells: list[Cell], student: StudentProcess) -> list[dict[str, Any]]:
+    runs = {run.number: run for run in student.cell_runs}
     found = []
     for cell in cells:
-        outcome = outcomes.get(cell.number)
-        error, output = (outcome.error, outcome.output) if outcome else (None, "")
+        run = runs.get(cell.number)
+        error, output = (run.error, run.output) if run else (None, "")
         found.append({"number": cell.number, "source": cell.source, "error": error, "output": output})
     return found

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import time
 import unicodedata
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from torch import Tensor
-
 from grading.bubblewrap import Limits, SandboxError
+from grading.hbm import TileServer, handle
 from grading.protocol import Channel, ProtocolError, decode, encode
 from grading.sandbox import Sandbox
-from minillm.measure.traffic import Counted
+from minillm.measure import Counted
 
 START_SECONDS = 60  # to import torch
-MAX_LOADS = 100_000  # loads and stores in a call
-MAX_HELD = 512 << 20  # bytes of tiles that a function holds at a time
 OWN_MEMORY = 48 << 20  # what a notebook's imports may take before it counts: matplotlib takes 34
 
 
@@ -56,8 +52,8 @@ class Patience:
 
 
 @dataclass
-class Outcome:
-    """What became of a cell: its error (None where there was none) and what it printed, in the student's words."""
+class CellRun:
+    """A cell that was run: its error (None where it raised none), and what it printed."""
 
     number: int
     error: str | None
@@ -80,7 +76,7 @@ class StudentProcess:
     unsafe: bool = False
 
     def __post_init__(self) -> None:
-        self.outcomes: list[Outcome] = []
+        self.cell_runs: list[CellRun] = []
         self.candidates: dict[str, list[int]] = {name: [] for name in self.wanted}
         self._deadline = time.monotonic() + self.patience.unit
         self._sandbox: Sandbox | None = None
@@ -127,7 +123,7 @@ class StudentProcess:
         message = {"cells": [{"number": n, "source": s} for n, s in self.cells], "wanted": self.wanted}
         try:
             reply, _ = self._exchange(message, [], self.patience.cells, "the notebook's cells")
-            self._read_outcomes(reply)
+            self._read_runs(reply)
         except AnswerLost:
             self._never = True
             raise
@@ -136,7 +132,7 @@ class StudentProcess:
     def why_not(self, name: str) -> str:
         """Why there is no such function."""
         for number, source in self.cells:
-            error = next((outcome.error for outcome in self.outcomes if outcome.number == number), None)
+            error = next((run.error for run in self.cell_runs if run.number == number), None)
             if error and re.search(rf"\b{name}\b", source):
                 return f"`{name}` is not there, for its cell raised {error}"
         return f"not answered: no cell defines a function `{name}`"
@@ -160,7 +156,7 @@ class StudentProcess:
         self.run()
         assert self._sandbox is not None
         counted: list[Counted] = []
-        tree, blobs = encode([arguments, list(named.items())], lambda value: _handle(value, counted))
+        tree, blobs = encode([arguments, list(named.items())], lambda value: handle(value, counted))
         before = self._sandbox.memory()[0]
         if memory:
             self._sandbox.reset_peak()
@@ -186,7 +182,7 @@ class StudentProcess:
         deadline = time.monotonic() + min(seconds, left)
         try:
             self._channel.send(message, blobs, deadline - time.monotonic())
-            server = _Server(counted or [])
+            server = TileServer(counted or [])
             while True:
                 reply, blob = self._channel.receive(deadline - time.monotonic())
                 server.free(reply.get("freed"))
@@ -210,15 +206,15 @@ class StudentProcess:
         self.close()
         raise AnswerLost(reason)
 
-    def _read_outcomes(self, reply: dict) -> None:
+    def _read_runs(self, reply: dict) -> None:
         """Takes only what has the right form: these are the student's words, and never decide on a point."""
         numbers = {number for number, _ in self.cells}
-        outcomes, candidates = reply.get("outcomes"), reply.get("candidates")
-        if not isinstance(outcomes, list) or not isinstance(candidates, dict):
+        runs, candidates = reply.get("runs"), reply.get("candidates")
+        if not isinstance(runs, list) or not isinstance(candidates, dict):
             self._lose("the notebook's cells sent the grader something that is no message")
-        self.outcomes = [
-            Outcome(item["number"], _in_words(item["error"]) if item.get("error") else None, plain(item.get("output")))
-            for item in outcomes[: len(self.cells)]
+        self.cell_runs = [
+            CellRun(item["number"], _in_words(item["error"]) if item.get("error") else None, plain(item.get("output")))
+            for item in runs[: len(self.cells)]
             if isinstance(item, dict) and type(item.get("number")) is int and item["number"] in numbers
         ]
         for name in self.wanted:
@@ -268,71 +264,6 @@ class RemoteFunction:
         if self._candidate is None:
             raise NotAnswered(self._student.why_not(self.__name__))
         return self._student.call(self.__name__, self._candidate, arguments, named, memory, program)
-
-
-class _Server:
-    """Serves `load` and `store` of the tensors that were handed over; they are counted here."""
-
-    def __init__(self, counted: list[Counted]):
-        self.counted = counted
-        self.tiles: dict[int, Tensor] = {}  # on the chip: the function holds them
-        self.held = 0
-        self._numbers = itertools.count()
-
-    def free(self, numbers: Any) -> None:
-        for number in numbers if isinstance(numbers, list) else ():
-            self._forget(number)
-
-    def serve(self, message: dict, blob: bytearray) -> tuple[dict, list[memoryview]]:
-        request = next(self._numbers)
-        number = message.get("load", message.get("store"))
-        if request >= MAX_LOADS:
-            raise ProtocolError(f"more than {MAX_LOADS:,} loads and stores in a call")
-        if type(number) is not int or not 0 <= number < len(self.counted):
-            raise ProtocolError("a load or store of a tensor that it was not given")
-        index = _index(decode(message.get("index"), bytearray()))
-        tensor = self.counted[number]
-        if "store" in message:
-            tile = decode(message.get("tile"), blob)
-            if isinstance(tile, (int, float)):
-                tile = Tensor([tile])[0]
-            if not isinstance(tile, Tensor):
-                raise ProtocolError("a store of something that is no tensor")
-        try:
-            if "store" in message:
-                tensor.store(tile, *index)
-                return {"value": None}, []
-            tile = tensor.load(*index)
-        except (ValueError, IndexError, RuntimeError, TypeError) as error:
-            return {"raised": [type(error).__name__, str(error)[:300]], "value": None}, []
-        tree, blobs = encode(tile)
-        self._hold(request, tile)
-        return {"value": tree, "tile": request}, blobs
-
-    def _hold(self, number: int, tile: Tensor) -> None:
-        self.held += tile.nbytes
-        if self.held > MAX_HELD:
-            raise ProtocolError(f"it holds more than {MAX_HELD >> 20} MiB of tiles")
-        self.tiles[number] = tile
-
-    def _forget(self, number: Any) -> None:
-        if type(number) is int and number in self.tiles:
-            self.held -= self.tiles.pop(number).nbytes
-
-
-def _index(index: Any) -> tuple:
-    parts = index if isinstance(index, tuple) else (index,)
-    allowed = all(part is None or part is Ellipsis or type(part) in (int, slice) for part in parts)
-    if len(parts) > 8 or not allowed:
-        raise ProtocolError("an index that is more than ints, slices, ... and None")
-    return parts
-
-
-def _handle(value: Any, counted: list[Counted]) -> dict | None:
-    if not isinstance(value, Counted):
-        return None
-    counted.append(value)
-    return {"handle": [len(counted) - 1, str(value.dtype).removeprefix("torch."), list(value.shape)]}
 
 
 def _in_words(error: Any) -> str:

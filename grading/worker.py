@@ -83,17 +83,17 @@ class Notebook:
             wanted: the names of the functions that will be called.
 
         Returns:
-            {"outcomes": [{"number", "error", "output"}], "candidates": {name: [number of the cell]}}
+            {"runs": [{"number", "error", "output"}], "candidates": {name: [number of the cell]}}
         """
-        outcomes = {cell["number"]: self._run_one(cell, wanted) for cell in cells}
+        runs = {cell["number"]: self._run_one(cell, wanted) for cell in cells}
         for cell in cells:
-            if outcomes[cell["number"]]["error"]:
-                outcomes[cell["number"]] = self._run_one(cell, wanted)
+            if runs[cell["number"]]["error"]:
+                runs[cell["number"]] = self._run_one(cell, wanted)
         for name in wanted:
             last = dict(self.candidates.get(name, []))  # of a cell that was run twice, the second time
             self.candidates[name] = list(last.items())[-CANDIDATES:]
         names = {name: [number for number, _ in self.candidates[name]] for name in wanted}
-        return {"outcomes": list(outcomes.values()), "candidates": names}
+        return {"runs": list(runs.values()), "candidates": names}
 
     def _run_one(self, cell: dict, wanted: list[str]) -> dict:
         self.cell = Compiler.cell = cell["number"]

@@ -138,8 +138,8 @@ def extra_memory_below(limit: int, function: Callable, *inputs: Any, words: str)
     if hasattr(function, "peak_memory"):  # graded in a process of its own, and measured from outside
         result, peak = call(partial(function.peak_memory), *inputs)  # with its own words for what went wrong
     else:
-        report = call(lambda *copies: measure_memory(function, *copies), *inputs)
-        result, peak = report.result, report.peak_bytes
+        used = call(lambda *copies: measure_memory(function, *copies), *inputs)
+        result, peak = used.result, used.peak_bytes
     if peak > limit:
         raise NotYet(f"{words} ({format_bytes(peak)} at a time, allowed {format_bytes(limit)})")
     return result
@@ -160,7 +160,7 @@ def kind_of_scores(times: float, rising: bool, low: bool) -> str:
 
 
 def counted(n: int, one: str, more: str = "") -> str:
-    """«1 query», «9 keys»: for the titles of cases."""
+    """A number with its noun, as in "1 query" and "9 keys": for the titles of cases."""
     return f"{n} {one if n == 1 else more or one + 's'}"
 
 

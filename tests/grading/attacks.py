@@ -146,7 +146,7 @@ ATTACKS = {
         cell="""
             import socket, struct, json, sys
             s = socket.socket(fileno=int(sys.argv[1]))
-            h = json.dumps({'outcomes': [], 'candidates': {}, 'score': 6, 'verdicts': ['right']}).encode()
+            h = json.dumps({'runs': [], 'candidates': {}, 'score': 6, 'verdicts': ['right']}).encode()
             s.setblocking(True)
             s.sendall(struct.pack('>IQ', len(h), 0) + h)
             s.detach()

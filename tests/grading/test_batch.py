@@ -44,12 +44,12 @@ class Course:
         self.graded.clear()
         return main([str(self.submitted), "--unit", "01", "--grades", str(self.grades), *options])
 
-    def in_processes(self, jobs, *_):
-        for job in jobs:
+    def in_processes(self, todo, *_):
+        for one in todo:
             if len(self.graded) >= self.stop_after:
                 raise KeyboardInterrupt
-            self.graded.append(job.slug)
-            yield batch._failed(job, "of a test") if job.slug in self.fails else content(job)
+            self.graded.append(one.slug)
+            yield batch._failed(one, "of a test") if one.slug in self.fails else content(one)
 
     def rows(self) -> dict[str, dict[str, str]]:
         with open(self.grades / "grades.csv", encoding="utf-8", newline="") as file:
@@ -62,19 +62,19 @@ class Course:
         return gradebook._open(self.grades / "nbgrader" / "gradebook.db")
 
 
-def content(job: batch.Job) -> Result:
-    result = job.empty()
-    result.remarks = list(job.submission.remarks)
-    if file := job.submission.file:
+def content(one: batch.StudentUnit) -> Result:
+    result = one.empty()
+    result.remarks = list(one.submission.remarks)
+    if file := one.submission.file:
         result.state, result.date, result.file = "graded", "2026-01-01T00:00:00+00:00", file.name
         result.cells = [
             {"number": cell.number, "source": cell.source, "error": None, "output": "printed\n"}
-            for cell in to_run(file, job.unit)
+            for cell in to_run(file, one.unit)
         ]
-        result.answers = {text.grade_id: text_answer(file, text, job.unit) for text in job.unit.texts}
+        result.answers = {text.grade_id: text_answer(file, text, one.unit) for text in one.unit.texts}
     number = result.cells[0]["number"] if result.cells else None
-    result.verdicts = [Verdict(test.grade_id, test.points, test.points, "right", number) for test in job.unit.tests]
-    for text in job.unit.texts:
+    result.verdicts = [Verdict(test.grade_id, test.points, test.points, "right", number) for test in one.unit.tests]
+    for text in one.unit.texts:
         result.verdicts.append(
             Verdict(text.grade_id, None if result.answers.get(text.grade_id) else 0, text.points, "")
         )
@@ -300,8 +300,8 @@ def test_without_a_sandbox_nothing_runs_unless_it_is_said(course, monkeypatch):
     assert course.grade("--unsafe-no-sandbox") == DONE and course.graded == ["ann"]
 
 
-class Deadly(batch.Job):
-    """A job that ends the process which grades it."""
+class Deadly(batch.StudentUnit):
+    """One that ends the process which grades it."""
 
     def empty(self) -> Result:
         if os.getpid() != int(self.key):
@@ -309,10 +309,13 @@ class Deadly(batch.Job):
         return super().empty()
 
 
-def test_a_grader_process_that_dies_costs_only_its_own_job(tmp_path):
+def test_a_grader_process_that_dies_costs_only_the_unit_that_it_graded(tmp_path):
     nothing = batch.choose(batch.Student("ann", "ann"), [unit()])[unit().name]
-    jobs = [Deadly("bob", "bob", unit(), nothing, str(os.getpid())), batch.Job("ann", "ann", unit(), nothing, "")]
-    results = {result.slug: result for result in batch.run(jobs, tmp_path, 1, batch.Manner())}
+    todo = [
+        Deadly("bob", "bob", unit(), nothing, str(os.getpid())),
+        batch.StudentUnit("ann", "ann", unit(), nothing, ""),
+    ]
+    results = {result.slug: result for result in batch.run(todo, tmp_path, 1, batch.Manner())}
     assert (results["ann"].state, results["bob"].state) == ("missing", "failed")
     assert "ended from outside" in results["bob"].remarks[-1]
 

@@ -117,8 +117,8 @@ def test_what_a_function_raises_is_told_with_its_line(student, name, words):
 
 
 def test_what_a_cell_printed_and_raised_is_kept(student):
-    (outcome,) = [outcome for outcome in student.outcomes if outcome.output]
-    assert (outcome.output, outcome.error) == ("some words\n", "ZeroDivisionError: division by zero (cell 12, line 2)")
+    (run,) = [run for run in student.cell_runs if run.output]
+    assert (run.output, run.error) == ("some words\n", "ZeroDivisionError: division by zero (cell 12, line 2)")
 
 
 def test_more_threads_are_no_mistake(student):
