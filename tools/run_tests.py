@@ -61,14 +61,14 @@ def tool(*command: str) -> Tally:
 def pytest(*arguments: str) -> Tally:
     """Runs pytest, counted test by test. A run without a test is a failure: a check must be able to fail."""
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder, "report.xml")
-        status = python_module("pytest", *arguments, f"--junitxml={report}")
-        tally = read_report(report) if report.exists() else Tally()
+        counts = Path(folder, "counts.xml")
+        status = python_module("pytest", *arguments, f"--junitxml={counts}")
+        tally = read_junit(counts) if counts.exists() else Tally()
     return tally + Tally(failed=1) if status and not tally.failed else tally
 
 
-def read_report(path: Path) -> Tally:
-    """The counts of pytest's JUnit report."""
+def read_junit(path: Path) -> Tally:
+    """The counts in the JUnit file that pytest wrote."""
     tally = Tally()
     for suite in ElementTree.parse(path).getroot().iter("testsuite"):
         tests, skipped = int(suite.get("tests", 0)), int(suite.get("skipped", 0))
