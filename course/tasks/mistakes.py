@@ -167,7 +167,7 @@ def of_delta(answer: Callable[..., Any]) -> list[Mistake]:
 
 
 def of_heads(answer: Callable[..., Any], cure: str = "") -> list[Mistake]:
-    """Of grouped heads: option `interleaved`; the inputs are q, k, v and others, with the heads of k and v on axis 2."""
+    """Of grouped heads: option `interleaved`; the inputs are q, k, v and others; k and v have heads on axis 2."""
     return [
         Mistake(
             "the query heads are interleaved over the KV heads: neighbours must share one, "
