@@ -16,7 +16,7 @@ from tools.run_tests import CELL_TIMEOUT
 LOOPBACK = {"127.0.0.1", "localhost", "::1", None}  # None: data: and blob:, which no wire carries
 NOTEBOOK_TIMEOUT = 300  # seconds; a lesson should take under 60
 QUIET = 5  # seconds without a running cell: after an error JupyterLab runs no more
-REACTION = 20  # seconds that a picture may take to follow its control, on a busy machine
+REACTION = 60  # seconds that a picture may take to follow its control, on a busy machine
 EDGE = 2  # pixels: a width is rounded
 
 # textContent, because the innerText of what is not in view may be empty.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from grading.grade import MAX_ANSWER, Result, grade
-from grading.remote import StudentProcess
+from grading.remote import Patience, StudentProcess
 from grading.submission import choose, find_students
 from grading.unit import Unit, find_units
 from tests.grading.notebooks import WRONG, grade_id, handed_in, needs_bubblewrap, save
@@ -19,7 +19,8 @@ UNITS = find_units()
 def graded(notebook: dict, unit: Unit, folder, seed: int | None = None) -> Result:
     save(notebook, folder / "ann" / "unit.ipynb")
     (student,) = find_students(folder)
-    return grade(Result("ann", "ann", unit.name), unit, choose(student, UNITS)[unit.name], seed)
+    submission = choose(student, UNITS)[unit.name]
+    return grade(Result("ann", "ann", unit.name), unit, submission, seed, Patience(60))
 
 
 @needs_bubblewrap
