@@ -44,7 +44,7 @@ plt.rcParams.update(
 
 
 def show(figure: Figure, alt: str) -> None:
-    """Shows a figure as a picture with a text for those who cannot see it, and closes it."""
+    """Shows a figure as a picture with alt text, and closes it."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""Many students, many units: what is to be graded, what still holds from before, and a process for each at a time."""
+"""Grades the units of many students: finds those without a valid result, and runs them in a pool of processes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def units_of(student: Student, units: list[Unit], manner: Manner) -> Iterator[St
 
 @cache
 def grader_hash() -> str:
-    """Of all code that a verdict comes from."""
+    """A hash of all code that a verdict depends on, and of the versions of torch and Triton."""
     folders = ["grading", "course/tasks", "minillm", "kernels"]
     paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
     digest = hashlib.sha256(f"{torch.__version__} {_version('triton')}".encode())
@@ -87,14 +87,14 @@ def result_path(grades: Path, slug: str, unit: str) -> Path:
 
 
 def read_all(grades: Path) -> Iterator[Result]:
-    """Every result that lies there, whether it still holds or not."""
+    """All stored results, valid or not."""
     for path in sorted((grades / "results").glob("*/*.json")):
         with suppress(ValueError, TypeError, KeyError, OSError):
             yield Result.from_json(json.loads(path.read_text(encoding="utf-8")))
 
 
 def stored(grades: Path, every: list[StudentUnit]) -> list[Result]:
-    """The results of an earlier run that hold: nothing that they depend on has changed."""
+    """The results of an earlier run that are still valid: nothing that they depend on has changed."""
     keys = {(one.slug, one.unit.name): one.key for one in every}
     return [
         result
@@ -104,7 +104,7 @@ def stored(grades: Path, every: list[StudentUnit]) -> list[Result]:
 
 
 def forget_the_rest(grades: Path, results: list[Result]) -> None:
-    """Takes away all that shows a score which may no longer be right, before anything new is known."""
+    """Deletes everything that shows a score which may no longer be valid, before anything is graded."""
     (grades / "grades.csv").unlink(missing_ok=True)
     keep = {result_path(grades, result.slug, result.unit) for result in results}
     for path in (grades / "results").glob("*/*.json"):
@@ -114,7 +114,7 @@ def forget_the_rest(grades: Path, results: list[Result]) -> None:
 
 
 def missing(every: list[StudentUnit], results: list[Result]) -> list[StudentUnit]:
-    """Those that have no result."""
+    """The units that have no result."""
     known = {(result.slug, result.unit) for result in results}
     return [one for one in every if (one.slug, one.unit.name) not in known]
 
@@ -123,8 +123,8 @@ def run(todo: list[StudentUnit], grades: Path, processes: int, manner: Manner) -
     """Grades, and stores each result as soon as it is there.
 
     Args:
-        grades: the folder for all that is stored.
-        processes: how many work at a time.
+        grades: the folder for results.
+        processes: how many run at a time.
     """
     lost: list[StudentUnit] = []
     for result in _in_processes(todo, processes, manner, lost.append):
@@ -166,13 +166,13 @@ def _in_processes(
 
 
 def _alone() -> None:
-    """What a process of the pool does first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that started it decides
+    """Initialises a process of the pool."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     torch.set_num_threads(1)
 
 
 def grade_one(one: StudentUnit, manner: Manner) -> Result:
-    """Grades one unit of one student, and turns every fault of the grader's own into a remark."""
+    """Grades one unit of one student; an error of the grader itself becomes a remark."""
     try:
         return grade(one.empty(), one.unit, one.submission, manner.seed, manner.patience, manner.unsafe)
     except Exception as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 from grading import ROOT
 
 HERE = Path(__file__).resolve().parent
-# All of the course that is visible in there.
+# The files of the course that are visible in the sandbox.
 INSIDE = (HERE / "protocol.py", HERE / "worker.py", ROOT / "course" / "tasks" / "triton_programs.py")
 
 INSTALL = """Grading runs the students' code in a sandbox, and bubblewrap, which makes it, is not installed.
@@ -40,7 +40,7 @@ class Limits:
 
 
 class SandboxError(Exception):
-    """The sandbox itself does not work here: for the instructor, not for the student."""
+    """No sandbox can be made on this machine; the message is for the instructor."""
 
 
 def find_bubblewrap() -> str:
@@ -67,11 +67,11 @@ def bubblewrap(command: list[str], user: int | None, seccomp: int | None) -> lis
 
     Args:
         command: what to run in there.
-        user: as root, the id to drop to; None is who we are.
+        user: as root, the id to drop to; None keeps the current one.
         seccomp: the descriptor of the filter of system calls.
     """
     line = ["bwrap", "--die-with-parent", "--new-session", "--clearenv", "--hostname", "grading"]
-    # Root has no need of a user namespace, and an unprivileged user cannot do without.
+    # Root needs no user namespace; an unprivileged user does.
     line += ["--unshare-all"] if os.getuid() else [f"--unshare-{n}" for n in ("ipc", "pid", "net", "uts", "cgroup-try")]
     line += ["--ro-bind", "/usr", "/usr"]
     for name in ("bin", "sbin", "lib", "lib32", "lib64"):
@@ -90,7 +90,7 @@ def bubblewrap(command: list[str], user: int | None, seccomp: int | None) -> lis
         line += ["--ro-bind", str(file), f"/grader/{file.name}"]
     for name, text in environment("/tmp").items():
         line += ["--setenv", name, text]
-    # In the first two is memory without a limit, in the third the switch that resets the measured peak.
+    # The first two hold memory without a limit, the third the file that resets the measured peak.
     line += [*("--remount-ro", "/dev"), *("--remount-ro", "/"), *("--remount-ro", "/proc"), "--chdir", "/tmp"]
     if seccomp is not None:
         line += ["--seccomp", str(seccomp)]
@@ -101,12 +101,12 @@ def bubblewrap(command: list[str], user: int | None, seccomp: int | None) -> lis
 
 
 def _parents(place: Path) -> list[str]:
-    """bwrap makes the folders above a bound one for root alone; made by name they are for all."""
+    """Options that make the folders above a bound one: bwrap would make them readable for root alone."""
     return [word for parent in reversed(place.parents[:-1]) for word in ("--dir", str(parent))]
 
 
 def _pythons_places() -> list[Path]:
-    """Where this Python and its packages lie, as far as it is not /usr."""
+    """The folders of this Python and its packages, other than those in /usr."""
     found: list[Path] = []
     for prefix in dict.fromkeys((sys.base_prefix, sys.prefix)):
         for part in ("bin", "lib", "lib64", "pyvenv.cfg"):
@@ -163,13 +163,13 @@ def prlimit(limits: Limits) -> list[str]:
 
 
 def _at_most(name: str, value: int) -> int:
-    """No more than the hard limit of this process, which it could not raise."""
+    """The value, or the hard limit of this process where that is lower: it cannot be raised."""
     hard = resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))[1]
     return value if hard == resource.RLIM_INFINITY else min(value, hard)
 
 
 def _my_threads() -> int:
-    """Older kernels count all of a user's threads against the limit of a process, wherever it runs."""
+    """How many threads this user has: older kernels count all of them against `nproc`."""
     count = 0
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):

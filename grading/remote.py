@@ -1,4 +1,4 @@
-"""A function in a student's process, as the grader calls it: arguments go out, and what comes back is only bytes."""
+"""Calls functions in a student's process: sends the arguments, and decodes the bytes that come back."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OWN_MEMORY = 48 << 20  # what a notebook's imports may take before it counts: ma
 
 
 class AnswerError(Exception):
-    """The student's function gave no result; says why in words for the student."""
+    """The student's function gave no result; the message says why, for the student."""
 
 
 class NotAnswered(AnswerError):
@@ -31,12 +31,12 @@ class AnswerRaised(AnswerError):
 
 
 class AnswerLost(AnswerError):
-    """The student's process is gone: the function took too long, ended it, or broke off the talk."""
+    """The student's process has ended: the function took too long, exited, or sent an invalid message."""
 
 
 @dataclass(frozen=True)
 class Patience:
-    """Seconds that the grader waits: for a call of a student's function, and from that for the rest."""
+    """Seconds that the grader waits for a call of a student's function, and the limits that follow from it."""
 
     call: float = 20
 
@@ -116,9 +116,9 @@ class StudentProcess:
         try:
             self._channel.receive(START_SECONDS)
         except (OSError, ProtocolError) as error:
-            words = self._sandbox.first_words.decode(errors="replace").strip()
+            output = self._sandbox.first_output.decode(errors="replace").strip()
             self.close()
-            raise SandboxError(f"the sandbox did not start: {words or error}") from None
+            raise SandboxError(f"the sandbox did not start: {output or error}") from None
         self._sandbox.trust_now()
         self._deadline += time.monotonic() - start  # none of it is the student's time
         self._at_start = self._sandbox.memory()[0]
@@ -129,7 +129,7 @@ class StudentProcess:
         except AnswerLost:
             self._never = True
             raise
-        self._sandbox.close_the_doors()
+        self._sandbox.freeze()
 
     def why_not(self, name: str) -> str:
         """Why there is no such function."""
@@ -167,7 +167,7 @@ class StudentProcess:
         sent = sum(blob.nbytes for blob in blobs)
         peak = self._sandbox.memory()[1] if memory else 0
         if "raised" in reply:
-            raise AnswerRaised(_in_words(reply["raised"]))
+            raise AnswerRaised(_as_text(reply["raised"]))
         if "refused" in reply:
             raise AnswerRaised(f"`{name}` returned {plain(reply['refused'], 100)}: tensors and numbers can be graded")
         try:
@@ -209,13 +209,13 @@ class StudentProcess:
         raise AnswerLost(reason)
 
     def _read_runs(self, reply: dict) -> None:
-        """Takes only what has the right form: these are the student's words, and never decide on a point."""
+        """Keeps the entries of the right form. They come from the student's process, and no point depends on them."""
         numbers = {number for number, _ in self.cells}
         runs, candidates = reply.get("runs"), reply.get("candidates")
         if not isinstance(runs, list) or not isinstance(candidates, dict):
             self._lose("the notebook's cells sent the grader something that is no message")
         self.cell_runs = [
-            CellRun(item["number"], _in_words(item["error"]) if item.get("error") else None, plain(item.get("output")))
+            CellRun(item["number"], _as_text(item["error"]) if item.get("error") else None, plain(item.get("output")))
             for item in runs[: len(self.cells)]
             if isinstance(item, dict) and type(item.get("number")) is int and item["number"] in numbers
         ]
@@ -268,12 +268,12 @@ class RemoteFunction:
         return self._student.call(self.__name__, self._candidate, arguments, named, memory, program)
 
 
-def _in_words(error: Any) -> str:
-    """An exception of the student's, from the fields that `worker.described` sends."""
+def _as_text(error: Any) -> str:
+    """A student's exception as text, from the fields that `worker.described` sends."""
     error = error if isinstance(error, dict) else {}
-    words = f"{plain(error.get('type'), 80) or 'error'}: {plain(error.get('message'), 500)}".removesuffix(": ")
+    text = f"{plain(error.get('type'), 80) or 'error'}: {plain(error.get('message'), 500)}".removesuffix(": ")
     line, cell = error.get("line"), error.get("cell")
-    return words + (f" (cell {cell + 1}, line {line})" if type(line) is int and type(cell) is int else "")
+    return text + (f" (cell {cell + 1}, line {line})" if type(line) is int and type(cell) is int else "")
 
 
 def plain(text: Any, limit: int = 10_000) -> str:

@@ -72,7 +72,7 @@ class Sandbox:
                 cwd=self._folder.name if self._folder else "/",
                 env=environment(self._folder.name) if self._folder else {"PATH": "/usr/bin:/bin"},
             )
-        self.first_words = b""  # of its output: what bwrap says where it cannot start
+        self.first_output = b""  # the error of bwrap, where it cannot start
         self._watching = [threading.Thread(target=work, daemon=True) for work in (self._drain, self._watch)]
         for thread in self._watching:
             thread.start()
@@ -91,10 +91,10 @@ class Sandbox:
             found += proc.children(process) if len(found) < 1000 else []
         return found
 
-    def close_the_doors(self) -> None:
-        """From here on, the worker starts no process and no file grows; what else runs in there is ended.
+    def freeze(self) -> None:
+        """Forbids the worker new processes and larger files, and kills all others in the sandbox.
 
-        So a function that is called by the grader has the memory of its own process only, which can be measured.
+        After that a function that the grader calls can use the memory of the worker only, which is measured.
         """
         # A process may lower the limits of its own user's processes; root may not, in some containers.
         change = ["prlimit", f"--pid={self.worker}", "--nproc=0:0", "--fsize=0:0"]
@@ -138,7 +138,7 @@ class Sandbox:
             self._folder.cleanup()
 
     def reset_peak(self) -> None:
-        """Starts the peak of the worker's resident memory anew."""
+        """Resets the peak of the worker's resident memory."""
         self._most = 0
         with suppress(OSError):
             Path(f"/proc/{self.worker}/clear_refs").write_text("5")
@@ -146,19 +146,19 @@ class Sandbox:
     def memory(self) -> tuple[int, int]:
         """Bytes of the worker that are resident now, and at most since `reset_peak`; 0 where it is gone.
 
-        The kernel's peak is exact, and begins anew when a process puts another program in its own place. That, the
-        watchdog sees.
+        The kernel's peak is exact, and begins anew when a process executes another program; the watchdog's samples
+        cover that.
         """
         sizes = proc.sizes_in(f"/proc/{self.worker}/status", "VmRSS", "VmHWM")
         return sizes["VmRSS"], max(sizes["VmHWM"], self._most)
 
     def _drain(self) -> None:
-        """Reads what the sandbox prints, so that it never waits for a reader, and throws it away."""
+        """Reads and discards what the sandbox prints, so that it never blocks on a full pipe."""
         assert self._process.stdout is not None
         count = 0
         with suppress(ValueError, OSError):
             while part := os.read(self._process.stdout.fileno(), 1 << 16):
-                self.first_words = (self.first_words + part)[:2000]
+                self.first_output = (self.first_output + part)[:2000]
                 count += len(part)
                 if count > self.limits.output_bytes:
                     return self.end(f"it printed more than {self.limits.output_bytes // MEBIBYTE} MiB")
@@ -167,7 +167,7 @@ class Sandbox:
         while self._process.poll() is None:
             processes = self.processes()
             self._most = max(self._most, proc.resident(self.worker))
-            # Pages that processes share stand in the first sum once for each; the second is right, and slow.
+            # The first sum counts a shared page once for each process; the second counts it once, and is slow.
             if sum(map(proc.resident, processes)) > self.limits.memory < sum(map(proc.own_part, processes)):
                 return self.end(f"it used more than {self.limits.memory // MEBIBYTE} MiB of memory")
             time.sleep(0.05)
@@ -191,7 +191,8 @@ def _a_free_user() -> tuple[socket.socket, int]:
 
 @cache
 def _write_byte_code() -> None:
-    """Compiles what every sandbox imports, unless that was done: it cannot keep it, and starts in half the time."""
+    """Compiles what every sandbox imports, unless that was done: a sandbox cannot store byte code, and starts in half
+    the time with it."""
     spec = importlib.util.find_spec("torch")
     assert spec is not None and spec.origin is not None
     if not Path(spec.origin).with_name("__pycache__").exists():

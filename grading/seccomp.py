@@ -7,7 +7,7 @@ import struct
 import tempfile
 from typing import IO
 
-# Memory that no limit counts, other processes' memory, and doors into the kernel: x86-64's number, then ARM64's.
+# Memory that no limit counts, other processes' memory, and parts of the kernel: x86-64's number, then ARM64's.
 REFUSED = {
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "shmat": (30, 196),
     "msgget": (68, 186), "semget": (64, 190), "ptrace": (101, 117), "process_vm_readv": (310, 270),
@@ -31,7 +31,7 @@ def seccomp_file() -> IO[bytes]:
 
 
 def seccomp_filter(machine: str | None = None) -> bytes:
-    """A classic BPF program that refuses the calls above, and namespaces, which open the rest again.
+    """A classic BPF program that refuses the calls above, and new namespaces, in which they would be allowed.
 
     Returns:
         The program for bwrap's --seccomp; empty on a machine whose numbers are not listed.

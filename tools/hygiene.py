@@ -1,4 +1,4 @@
-"""What must not get into the repository: paths of one machine, and notebooks that are not as they were run."""
+"""Finds what must not be stored in the repository: paths of one machine, and notebooks that were edited or cut."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ TASKS: dict[str, Task] = {task.name: task for unit in UNITS for task in unit.TAS
 
 
 def check(function: Callable, *what: str | Case) -> CheckResult:
-    """Runs your answer on a task's cases, and says in words what is not right yet.
+    """Runs your answer on a task's cases, and says what is not right yet.
 
     Args:
         function: your answer. Its name says which task it is.

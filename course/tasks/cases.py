@@ -1,4 +1,4 @@
-"""What the cases of several units are made of: inputs, and the words of a title."""
+"""What the cases of several units are made of: inputs, titles, and a few messages."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def far_below(q: Tensor, k: Tensor, generator: Generator) -> tuple[Tensor, Tenso
 
 
 def kind_of_scores(times: float = 1, rising: bool = False, low: bool = False) -> str:
-    """For a case's title: what is unusual about its scores."""
+    """For a case's title: the kind of its scores, "" where it is the usual one."""
     if rising:
         return ", rising scores"
     return f", scores × {times:g}" if times != 1 else f", scores near −{LOW}" * low

@@ -16,10 +16,10 @@ from minillm.measure.traffic import Counted, Traffic
 class Rows(Counted):
     """A matrix in HBM of which whole rows are loaded and stored.
 
-    A part of a row could meet more keys than a bound on traffic reckons with.
+    The bound on traffic in `tiling` assumes whole rows: parts of rows could meet more keys.
 
     Attributes:
-        stored: (n,), which rows were.
+        stored: (n,) bool, the rows that were stored.
     """
 
     def __init__(self, tensor: Tensor, name: str, traffic: Traffic):

@@ -87,7 +87,7 @@ def _step(
     write_at: Callable[[int], int] = lambda old: old,
     lost: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out, and the used slots of keys and values; the options are what people get wrong."""
+    """out, and the used slots of keys and values; the options are slips that people make."""
     used = length + len(q)
     room = max(used, len(keys))
 
@@ -190,7 +190,7 @@ def _decode(
     scale: float | None = None,
     longest: bool = False,
 ) -> Tensor:
-    """The right answer; the options are what people get wrong."""
+    """The right answer; the options are slips that people make."""
     heads_k, rows = keys.shape[2], []
     for row, length in enumerate(lengths.tolist()):
         stop = max(1, (int(lengths.max()) if longest else length) + shift)

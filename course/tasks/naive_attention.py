@@ -52,7 +52,7 @@ def _attention(
     upside_down: bool = False,
     to_heads: Callable[[Tensor], Tensor] = lambda x: x.transpose(1, 2),
 ) -> Tensor:
-    """The right answer; the options are what people get wrong."""
+    """The right answer; the options are slips that people make."""
     sq, sk, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     spread = (lambda x: x.repeat(1, 1, group, 1)) if interleaved else (lambda x: x.repeat_interleave(group, dim=2))
     queries, keys, values = to_heads(q), to_heads(spread(k)), to_heads(spread(v))

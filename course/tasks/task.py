@@ -16,7 +16,7 @@ WIDTH = 96  # characters beside JupyterLab's file browser
 
 
 class NotYet(AssertionError):
-    """An answer that is not right yet. Jupyter shows the words alone, without a traceback."""
+    """An answer that is not right yet. Jupyter shows the message alone, without a traceback."""
 
     def _render_traceback_(self) -> list[str]:
         return str(self).splitlines()

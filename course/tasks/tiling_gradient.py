@@ -83,7 +83,7 @@ def _exact_grad(
     through_softmax: bool = True,
     counts: slice = slice(None),
 ) -> Tensor:
-    """dS K · scale, all at once; the options are what people get wrong."""
+    """dS K · scale, all at once; the options are slips that people make."""
     right = q.shape[1] ** -0.5
     scores = masked_scores(q, k, shift=shift, sees=sees)
     grad_p = grad_out @ v.T - delta * (grad_out * out).sum(-1, keepdim=True)

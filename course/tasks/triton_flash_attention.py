@@ -166,7 +166,7 @@ def _exact_grads(
     dk_of_p: bool = False,
     dp_of: str = "v",
 ) -> tuple[Tensor, Tensor]:
-    """Algorithm 2's formulas for dK and dV, with the options that people get wrong."""
+    """Algorithm 2's formulas for dK and dV, with slips as options."""
     right = masked_scores(q, k, causal=causal)
     lse = right.logsumexp(-1, keepdim=True)
     rows = (right - lse).exp() @ v

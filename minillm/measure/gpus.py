@@ -16,7 +16,7 @@ import torch
 
 @dataclass(frozen=True)
 class Citation:
-    """Where a figure stands: the document, its address, and what we did to the number, if anything."""
+    """The source of a figure: the document, its address, and how the printed number was converted, if it was."""
 
     title: str
     url: str
@@ -28,7 +28,7 @@ class GPU:
     """The figures of one GPU that a roofline and a choice of tile sizes need.
 
     Attributes:
-        name: as people say it.
+        name: the usual one.
         architecture: NVIDIA's name of the generation.
         compute_capability: (major, minor); decides which kernels run.
         memory_type: of the device memory.

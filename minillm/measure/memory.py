@@ -215,7 +215,7 @@ class _CpuRecorder:
         self._profile = profile(profile_memory=True)
         with _standard_error_shut():
             self._profile.__enter__()
-            # The allocator complains, once, when a buffer older than the profile is freed. Let it be here.
+            # The allocator warns once, when a buffer older than the profile is freed: here, where stderr is shut.
             del older
 
     def stop(self) -> list[Event]:
@@ -277,7 +277,7 @@ class _CudaRecorder:
 
 
 def _history_events(history: Iterable[dict[str, Any]]) -> list[Event]:
-    """Of a CUDA allocator's history, the buffers handed out and given back (not its segments, nor snapshots)."""
+    """The allocations and releases of buffers in a CUDA allocator's history, without its segments and snapshots."""
     sign = {"alloc": 1, "free_requested": -1}
     return [(entry["addr"], sign[entry["action"]] * entry["size"]) for entry in history if entry["action"] in sign]
 

@@ -24,7 +24,7 @@ from minillm.measure.memory import format_bytes, record_peak
 
 
 class Reads(NamedTuple):
-    """The bytes that a call cannot do without: weights, and what it reads of the cache."""
+    """The bytes that a call reads at least: weights, and its part of the cache."""
 
     weights: int
     cache: int = 0
@@ -36,7 +36,7 @@ class Phase:
 
     Attributes:
         tokens: new tokens, all calls and rows together.
-        reads: of each call, the bytes that it cannot do without.
+        reads: of each call, the bytes that it reads at least.
         seconds: of each call; empty without `log_latency`.
         peak_bytes: the most that a call allocated at one time, beyond what was there; 0 without `log_memory`.
     """
@@ -69,7 +69,7 @@ class Profile:
         self.phases: dict[str, Phase] = {}
 
     def suggestions(self, bandwidth: float | None = None) -> list[str]:
-        """What the figures call for; empty where nothing was timed.
+        """Suggestions that follow from the figures; empty where nothing was timed.
 
         Args:
             bandwidth: bytes/s at which this machine reads as much as a decode step does; left out, it is measured

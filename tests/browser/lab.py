@@ -167,7 +167,7 @@ class Notebook:
         return self.panel.locator(".jp-OutputArea-output img").all()
 
     def without_alt_text(self) -> list[str]:
-        """The pictures that say nothing to who cannot see them. (The words of a widget stand under its picture.)"""
+        """The pictures without alt text. (The text of a widget is under its picture.)"""
         pictures = [
             picture for picture in self.pictures() if "widget-image" not in (picture.get_attribute("class") or "")
         ]
@@ -220,14 +220,14 @@ FOCUSABLE = ".noUi-handle, input, button"
 
 
 class Widget:
-    """A widget's output: controls, and the picture and words that follow them."""
+    """A widget's output: controls, and the picture and text that follow them."""
 
     def __init__(self, output: Locator):
         self.output = output
         self.controls = output.locator(CONTROL).all()
 
     def look(self) -> str:
-        """Its words and the pixels of its pictures, as one text to compare."""
+        """Its text and the pixels of its pictures, as one string to compare."""
         return self.output.evaluate(LOOK)
 
     def changes_with(self, act: Callable[[Locator], None], control: Locator) -> None:

@@ -58,7 +58,7 @@ ON_COUNTS = {
         says="you keep copies of tiles",
     ),
     "idle-loads": Attack(
-        "the same, with loads that nobody uses until the traffic is as large as it must be",
+        "the same, with unused loads until the traffic is as large as it must be",
         answer="""
             def flash_forward(q, k, v, out, block_q, block_k):
                 n = q.shape[0]

@@ -18,7 +18,7 @@ needs_bubblewrap = pytest.mark.skipif(
 )
 
 FUNCTION = "gqa_attention"
-POINTS = 6  # of its tests; its question in words has more
+POINTS = 6  # of its tests; its question in text has more
 
 RIGHT = """def gqa_attention(q, k, v):
     group = q.shape[2] // k.shape[2]
@@ -32,7 +32,7 @@ WRONG = "def gqa_attention(q, k, v):\n    return q\n"
 
 @cache
 def unit(name: str = "01") -> Unit:
-    """The unit whose name begins so."""
+    """The unit whose name begins with `name`."""
     (found,) = find_units(only=name)
     return found
 
@@ -55,7 +55,7 @@ def handed_in(
 
 
 def code(source: str) -> dict[str, Any]:
-    """A code cell that somebody added."""
+    """A code cell without metadata, as one that was added."""
     return {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None, "source": source}
 
 

@@ -148,8 +148,8 @@ def points(result: dict) -> float:
 
 
 def everything_said(result: dict) -> str:
-    words = [verdict["words"] for verdict in result["verdicts"]]
-    said = [*words, *(f"{cell['output']}\n{cell['error']}" for cell in result["cells"])]
+    messages = [verdict["message"] for verdict in result["verdicts"]]
+    said = [*messages, *(f"{cell['output']}\n{cell['error']}" for cell in result["cells"])]
     return "\n".join(" ".join(text.split()) for text in said)
 
 

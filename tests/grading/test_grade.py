@@ -28,7 +28,7 @@ def graded(notebook: dict, unit: Unit, folder, seed: int | None = None) -> Resul
 def test_a_units_own_solution_earns_all_that_a_test_gives(unit, tmp_path):
     result = graded(json.loads(json.dumps(unit.solution)), unit, tmp_path)
     assert result.state == "graded"
-    assert not [(v.grade_id, v.words) for v in result.verdicts if v.points not in (v.maximum, None)]
+    assert not [(v.grade_id, v.message) for v in result.verdicts if v.points not in (v.maximum, None)]
     assert [v.grade_id for v in result.verdicts if v.points is None] == [text.grade_id for text in unit.texts]
 
 
@@ -48,12 +48,12 @@ class Here(StudentProcess):
 
 def test_a_seed_repeats_a_grading_and_another_one_does_not(tmp_path, monkeypatch):
     monkeypatch.setattr("grading.grade.StudentProcess", Here)
-    words = []
+    messages = []
     for seed in (1, 1, 2):
         result = graded(handed_in(WRONG), UNITS[0], tmp_path, seed)
         assert result.seed == seed
-        words.append([verdict.words for verdict in result.verdicts])
-    assert words[0] == words[1] != words[2]
+        messages.append([verdict.message for verdict in result.verdicts])
+    assert messages[0] == messages[1] != messages[2]
 
 
 def test_an_answer_in_words_is_cut_where_its_page_would_take_minutes(tmp_path, monkeypatch):
