@@ -35,8 +35,8 @@ RUN python3 -m venv --system-site-packages .venv
 RUN python3 -m pip list --format=freeze | grep -E '^(torch|triton)==' > .venv/kept.txt || true; \
     if [ -s .venv/kept.txt ]; then grep -vE '^(torch|triton)==' constraints.txt; else cat constraints.txt; fi \
         | cat .venv/kept.txt - > .venv/constraints.txt
-# The second command writes the stamp of course/setup_venv.py: make then finds .venv finished, and makes no other.
+# The second command writes the stamp of tools/setup_venv.py: make then finds .venv finished, and makes no other.
 RUN .venv/bin/python -m pip install --no-cache-dir --no-compile \
         --constraint .venv/constraints.txt --editable ".[dev,grading,redis,peers]" \
-    && .venv/bin/python -c 'from course.setup_venv import STAMP, fingerprint; STAMP.write_text("\n".join(fingerprint()) + "\n")'
+    && .venv/bin/python -c 'from tools.setup_venv import STAMP, fingerprint; STAMP.write_text("\n".join(fingerprint()) + "\n")'
 CMD ["make", "lab", "LAB_ARGS=--no-browser"]

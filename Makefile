@@ -25,7 +25,7 @@ lab: setup ## set up, then open the course in JupyterLab
 	@$(VENV) -m jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=$(LESSON_00) $(ROOT_ARGS) $(LAB_ARGS)
 
 test: setup ## set up, then lint, type check, tests, and every notebook
-	@$(VENV) -m course.run_tests
+	@$(VENV) -m tools.run_tests
 
 doctor: setup ## what this machine can do, and which lessons run live on it
 	@$(VENV) -m course.doctor
@@ -33,7 +33,7 @@ doctor: setup ## what this machine can do, and which lessons run live on it
 setup: ## .venv with everything installed; does nothing when it is up to date
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \
 	  echo "Python 3.11, 3.12 or 3.13 is needed, and '$(PYTHON)' is not one: install one and name it, as in: make lab PYTHON=python3.12" >&2; exit 1; }
-	@$(PYTHON) course/setup_venv.py
+	@$(PYTHON) tools/setup_venv.py
 
 gpu: setup ## flash-attn, on a machine with a CUDA device (optional; builds for several minutes)
 	@$(VENV) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "No CUDA device here, and flash-attn needs one. The course works without it.")'
@@ -41,11 +41,11 @@ gpu: setup ## flash-attn, on a machine with a CUDA device (optional; builds for 
 	$(VENV) -m pip install --no-build-isolation flash-attn
 
 exercises: setup ## exercises/, the students' notebooks, made anew from solutions/
-	@$(VENV) -m course.tasks.release
+	@$(VENV) -m grading.release
 
 grade: setup ## grade SUBMISSIONS=folder (of a folder a student), or UNIT=02 of it; results in grades/
 	@$(if $(SUBMISSIONS),,echo "Which? As in: make grade SUBMISSIONS=submitted" >&2; exit 2)
-	@$(VENV) -m course.grading "$(SUBMISSIONS)" $(if $(UNIT),--unit "$(UNIT)") $(ARGS)
+	@$(VENV) -m grading "$(SUBMISSIONS)" $(if $(UNIT),--unit "$(UNIT)") $(ARGS)
 
 bench: setup ## generation on this machine's CPU, against its limits and transformers
 	@$(VENV) -m benchmarks.decode_cpu $(ARGS)
@@ -57,7 +57,7 @@ evaluate: setup ## measure the checkpoint's recall and abstention
 	@$(VENV) -m minillm.evaluate $(ARGS)
 
 badges: setup ## Open-in-Colab badges, once pyproject.toml has the repository's address
-	@$(VENV) -m course.badges
+	@$(VENV) -m tools.badges
 
 bench-gpu: ## every GPU kernel checked and timed, into OUT; on a GPU machine, with the Python it has (ARGS=--dry-run: on a CPU)
 	@$(PYTHON) -m benchmarks.gpu $(if $(OUT),--out "$(OUT)") $(ARGS)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.flash_attention import Ragged
 from minillm.attention import naive_attention
-from minillm.measure.budget import assert_within_budget
+from minillm.measure import assert_within_budget
 
 
 def random_qkv(

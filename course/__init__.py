@@ -1,4 +1,4 @@
-"""What lessons and exercises need: the doctor, pictures, helpers, and the course's own set-up and checks."""
+"""What lessons and exercises need: the doctor, pictures, widgets, helpers, and the tasks with their checks."""
 
 from typing import Any
 

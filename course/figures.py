@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from minillm.attention.masks import Visibility, tiles
-from minillm.measure.roofline import GPU, GPUS, attainable, ridge
+from minillm.measure import GPU, GPUS, attainable, ridge
 
 # Safe for colour-blind readers (after Okabe and Ito), each at 4.5:1 or more against white.
 Q, K, V = "#0068A8", "#B84A00", "#00734F"
@@ -44,7 +44,7 @@ plt.rcParams.update(
 
 
 def show(figure: Figure, alt: str) -> None:
-    """Shows a figure as a picture with a text for those who cannot see it, and closes it."""
+    """Shows a figure as a picture with alt text, and closes it."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
     plt.close(figure)

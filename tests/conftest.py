@@ -1,5 +1,6 @@
 import pytest
 import torch
+from hypothesis import settings
 
 from course.doctor import lesson_notebooks
 from course.tasks import TASKS
@@ -9,6 +10,10 @@ from tests.exercises import table
 
 # `make test` runs as many processes as there are cores: threads that wait for each other cost more than they bring.
 torch.set_num_threads(1)
+
+# An example that takes long on a busy machine is no fault.
+settings.register_profile("course", deadline=None)
+settings.load_profile("course")
 
 UNITS = [path.stem for path in lesson_notebooks()]
 

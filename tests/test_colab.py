@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from course import badges, colab
-from course.badges import IMAGE, make_badges, repository_address, stale_files
+from course import colab
 from course.colab import FIRST_CELL, first_cell
+from tools import badges
+from tools.badges import IMAGE, make_badges, repository_address, stale_files
 
 ROOT = Path(__file__).resolve().parent.parent
 ADDRESS = "https://github.com/someone/minillm"

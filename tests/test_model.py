@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from course.lesson import assert_within_budget
 from minillm import Configs, MiniLLM, ModelConfig
 from minillm.attention import naive_attention
 from minillm.checkpoint import from_transformers, load_checkpoint, save_checkpoint, to_transformers
+from minillm.measure import assert_within_budget
 from minillm.rope import apply_rope, rotary_tables
 
 ODD_SHAPES = {

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from course.doctor import LESSON_NEEDS, lesson_notebooks
-from course.hygiene import MAX_NOTEBOOK_BYTES, notebook_faults
-from course.run_tests import notebooks
+from tools.hygiene import MAX_NOTEBOOK_BYTES, notebook_faults
+from tools.run_tests import notebooks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,13 +67,13 @@ def test_a_stored_widget_is_a_fault_and_its_picture_is_none(stored):
     cell["outputs"].append({"output_type": "display_data", "metadata": {}, "data": {"image/png": "iVBORw0KGgo="}})
     assert stored(cell) == []
     cell["outputs"][-1]["data"]["application/vnd.jupyter.widget-view+json"] = {"model_id": "0"}
-    assert stored(cell) == ["cell 1 stores a widget's view, an error until it is run: `python -m course.hygiene`"]
+    assert stored(cell) == ["cell 1 stores a widget's view, an error until it is run: `python -m tools.hygiene`"]
 
 
 def test_a_text_in_pieces_is_a_fault(stored):
     cell = code_cell(output="Your dish is ")
     cell["outputs"].append({"output_type": "stream", "name": "stdout", "text": ["ramen.\n"]})
-    assert stored(cell) == ["cell 1 stores what it printed in pieces: `python -m course.hygiene`"]
+    assert stored(cell) == ["cell 1 stores what it printed in pieces: `python -m tools.hygiene`"]
     cell["outputs"][-1]["name"] = "stderr"
     assert stored(cell) == []
 

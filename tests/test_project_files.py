@@ -14,8 +14,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import kernels
-from course.hygiene import machine_paths, repository_files
-from course.setup_venv import EXTRAS
+from tools.hygiene import machine_paths, repository_files
+from tools.setup_venv import EXTRAS
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -51,7 +51,7 @@ def test_every_constraint_is_one_exact_version_without_a_local_build():
 
 
 def test_every_package_that_the_code_imports_is_declared():
-    ours = ("minillm", "kernels", "course", "benchmarks", "tests")
+    ours = ("minillm", "kernels", "course", "grading", "tools", "benchmarks", "tests")
     modules = [path for folder in ours for path in (ROOT / folder).rglob("*.py")]
     imported = set().union(*(imported_packages(path.read_text()) for path in modules))
     declared = {canonicalize_name(dependency.name) for dependency in direct_dependencies()}
@@ -170,7 +170,13 @@ def imported_packages(source: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("package", "above"), [("kernels", {"minillm", "course", "benchmarks"}), ("minillm", {"course", "benchmarks"})]
+    ("package", "above"),
+    [
+        ("kernels", {"minillm", "course", "benchmarks", "grading", "tools"}),
+        ("minillm", {"course", "benchmarks", "grading", "tools"}),
+        ("course", {"benchmarks", "grading", "tools"}),
+        ("grading", {"benchmarks", "tools"}),
+    ],
 )
 def test_imports_only_ever_go_down(package, above):
     modules = sorted((ROOT / package).rglob("*.py"))

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from course.lesson import assert_within_budget
+from minillm.measure import assert_within_budget
 from minillm.rope import apply_rope, rotary_tables, shift_rope
 
 KEYS = torch.randn(2, 7, 3, 16, generator=torch.Generator().manual_seed(0))

@@ -5,9 +5,9 @@ from functools import partial
 
 import pytest
 
-from course import run_tests
-from course.run_tests import Tally
-from course.run_tests import pytest as run_pytest
+from tools import run_tests
+from tools.run_tests import Tally
+from tools.run_tests import pytest as run_pytest
 
 
 def test_passed_failed_and_skipped_are_counted(tmp_path, capfd):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from course import setup_venv
+from tools import setup_venv
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -18,8 +18,8 @@ def project(tmp_path, monkeypatch):
     """A folder with the project's files and no `.venv`."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "course").mkdir()
-    shutil.copy(ROOT / "course" / "setup_venv.py", tmp_path / "course")
+    (tmp_path / "tools").mkdir()
+    shutil.copy(ROOT / "tools" / "setup_venv.py", tmp_path / "tools")
     for name, path in {"ROOT": "", "VENV": ".venv", "STAMP": ".venv/installed", "LOG": ".venv/install.log"}.items():
         monkeypatch.setattr(setup_venv, name, tmp_path / path)
     return tmp_path

@@ -6,8 +6,10 @@ import html
 import pytest
 import torch
 from IPython.core.formatters import DisplayFormatter
+from ipywidgets import IntSlider, SelectionSlider
 
 from course import widgets
+from course.widgets import cache, explorer, softmax, walk
 from minillm.attention import flash_attention
 from minillm.attention.masks import Visibility, tiles
 from minillm.measure import count_operators, count_traffic, format_bytes
@@ -34,7 +36,7 @@ def show(call):
     """Runs a call as a lesson's cell does and returns what it displays."""
     shown = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(widgets, "display", shown.append)
+        patch.setattr(explorer, "display", shown.append)
         assert call() is None  # or a cell would show it twice
     (widget,) = shown
     return widget
@@ -47,9 +49,9 @@ def widget(request):
 
 def positions(control):
     """All that a reader can set a control to."""
-    if isinstance(control, widgets.IntSlider):
+    if isinstance(control, IntSlider):
         return range(control.min, control.max + 1)
-    return control.options if isinstance(control, widgets.SelectionSlider) else [True, False]
+    return control.options if isinstance(control, SelectionSlider) else [True, False]
 
 
 def test_each_control_changes_the_picture_and_its_words_at_each_of_its_positions(widget):
@@ -88,9 +90,9 @@ def test_the_stored_picture_is_the_one_that_was_asked_for():
 
 
 def test_a_token_is_text_and_not_markup():
-    words = widgets._in_words(4, SCORES, TOKENS, widgets.online_states(SCORES))
-    explorer = widgets.Explorer("any", lambda step: (b"", words), {"step": widgets.IntSlider()})
-    assert "«<b>»" in explorer.alt and "«&lt;b&gt;»" in explorer.text.value
+    words = softmax._in_words(4, SCORES, TOKENS, softmax.online_states(SCORES))
+    shown = explorer.Explorer("any", lambda step: (b"", words), {"step": IntSlider()})
+    assert "«<b>»" in shown.alt and "«&lt;b&gt;»" in shown.text.value
 
 
 def test_shapes_that_do_not_belong_together_are_refused():
@@ -103,14 +105,14 @@ def test_shapes_that_do_not_belong_together_are_refused():
 
 
 def test_the_steppers_last_state_is_softmax():
-    last = widgets.online_states(SCORES, VALUES)[-1]
-    softmax = SCORES.softmax(-1)
-    torch.testing.assert_close((SCORES - last.m).exp() / last.l, softmax)
-    torch.testing.assert_close(last.acc / last.l, softmax @ VALUES)
+    last = softmax.online_states(SCORES, VALUES)[-1]
+    right = SCORES.softmax(-1)
+    torch.testing.assert_close((SCORES - last.m).exp() / last.l, right)
+    torch.testing.assert_close(last.acc / last.l, right @ VALUES)
 
 
 def test_each_state_follows_from_the_one_before_by_the_rescale_that_is_shown():
-    states = widgets.online_states(SCORES, VALUES)
+    states = softmax.online_states(SCORES, VALUES)
     assert len(states) == len(SCORES) + 1
     for score, value, last, state in zip(SCORES, VALUES, states, states[1:], strict=False):
         p = (score - state.m).exp()
@@ -119,10 +121,10 @@ def test_each_state_follows_from_the_one_before_by_the_rescale_that_is_shown():
 
 
 def test_the_stepper_says_whether_a_score_is_larger_smaller_or_masked():
-    states = widgets.online_states(SCORES)
+    states = softmax.online_states(SCORES)
     said = ["Nothing is seen", "the first", "larger than m = −0.500", "masked", "larger than m = 1.000", "not larger"]
     for step, words in enumerate(said):
-        assert words in widgets._in_words(step, SCORES, TOKENS, states)
+        assert words in softmax._in_words(step, SCORES, TOKENS, states)
 
 
 WALKS = [
@@ -134,51 +136,51 @@ WALKS = [
 ]
 
 
-@pytest.mark.parametrize("walk", WALKS, ids=str)
-def test_the_walks_counter_ends_at_what_count_traffic_counts(walk):
-    seqlen_q, seqlen_k, headdim, block_q, block_k, causal = walk
+@pytest.mark.parametrize("case", WALKS, ids=str)
+def test_the_walks_counter_ends_at_what_count_traffic_counts(case):
+    seqlen_q, seqlen_k, headdim, block_q, block_k, causal = case
     q = torch.randn(1, seqlen_q, 1, headdim).bfloat16()
     k, v = torch.randn(2, 1, seqlen_k, 1, headdim).bfloat16()
     with count_traffic() as traffic:
         flash_attention(q, k, v, causal=causal, block_q=block_q, block_k=block_k)
-    counted = widgets.counted_walk(*walk)
+    counted = walk.counted_walk(*case)
     assert counted.moved[-1] == traffic.read + traffic.written
     assert counted.moved[-1].total() == traffic.total and counted.on_chip == traffic.peak_on_chip
-    words = widgets._walk_in_words(counted, len(counted.visits), 1)
+    words = walk._in_words(counted, len(counted.visits), 1)
     assert f"Moved so far {format_bytes(traffic.total)} of {format_bytes(traffic.total)};" in words
 
 
-@pytest.mark.parametrize("walk", WALKS, ids=str)
-def test_each_tile_of_the_walk_reads_its_own_keys_and_values(walk):
-    headdim = walk[2]
-    _, visits, moved, _ = widgets.counted_walk(*walk)
+@pytest.mark.parametrize("case", WALKS, ids=str)
+def test_each_tile_of_the_walk_reads_its_own_keys_and_values(case):
+    headdim = case[2]
+    _, visits, moved, _ = walk.counted_walk(*case)
     assert len(moved) == len(visits) + 1
     for (_, keys), before, after in zip(visits, moved, moved[1:], strict=False):
         for name in ("k", "v"):
             assert after[name] - before[name] == 2 * len(keys) * headdim
-    assert moved[-1]["out"] == 2 * walk[0] * headdim and moved[-1]["lse"] == 4 * walk[0]
+    assert moved[-1]["out"] == 2 * case[0] * headdim and moved[-1]["lse"] == 4 * case[0]
 
 
 def test_what_a_walk_writes_is_counted_when_its_last_tile_is_done():
-    _, visits, moved, _ = widgets.counted_walk(64, 64, 16, 32, 32, causal=True)
+    _, visits, moved, _ = walk.counted_walk(64, 64, 16, 32, 32, causal=True)
     assert [keys.start for _, keys in visits] == [0, 0, 32]
     assert [count["out"] for count in moved] == [0, 2 * 32 * 16, 2 * 32 * 16, 2 * 64 * 16]
 
 
 def test_the_unfused_formula_moves_four_times_the_scores_and_q_k_v_o():
-    assert widgets.unfused_bytes(64, 64, 16) == 2 * (4 * 64 * 64 + 4 * 64 * 16)
+    assert walk.unfused_bytes(64, 64, 16) == 2 * (4 * 64 * 64 + 4 * 64 * 16)
     x = torch.randn(64, 16).bfloat16()
     calls = count_operators(lambda: torch.softmax(x @ x.T, dim=-1) @ x)
-    assert widgets.unfused_bytes(64, 64, 16) == sum(read + written for _, read, written in calls)
+    assert walk.unfused_bytes(64, 64, 16) == sum(read + written for _, read, written in calls)
 
 
-def test_who_stands_at_the_end_of_a_walk_stays_there_under_another_tiling():
-    walk = show(lambda: widgets.tile_walk(64, 64, 16, block_q=32, block_k=32, step=4))
-    step = walk.controls["step"]
+def test_a_slider_at_the_end_of_a_walk_stays_there_under_another_tiling():
+    shown = show(lambda: widgets.tile_walk(64, 64, 16, block_q=32, block_k=32, step=4))
+    step = shown.controls["step"]
     for name, value, count in (("block_k", 64, 2), ("block_q", 16, 4), ("causal", True, 4), ("block_k", 16, 10)):
-        walk.controls[name].value = value
+        shown.controls[name].value = value
         assert step.value == step.max == count
-        assert f"Tile {count} of {count}" in walk.alt
+        assert f"Tile {count} of {count}" in shown.alt
 
 
 @pytest.mark.parametrize("seqlens", [(64, 64), (50, 70), (70, 20)], ids=str)
@@ -189,7 +191,7 @@ def test_the_drawn_mask_is_the_mask(seqlens):
             mask = visibility.mask(queries, keys)
             assert visibility.sees_all(queries, keys) == (mask is None)
             if mask is not None:
-                assert area(widgets._hidden_part(queries, keys, visibility)) == (~mask).sum()
+                assert area(walk._hidden_part(queries, keys, visibility)) == (~mask).sum()
 
 
 def area(corners):
@@ -199,7 +201,7 @@ def area(corners):
 
 
 def test_the_filling_cache_is_the_one_that_the_library_fills():
-    states = widgets.filled_cache((5, 2), 9, 4, 2)
+    states = cache.filled_cache((5, 2), 9, 4, 2)
     assert [state.lengths for state in states] == [[0, 0], *([5 + i, 2 + i] for i in range(10))]
     assert sorted({state.capacity for state in states}) == [4, 8, 14]
     for state in states:
@@ -208,10 +210,10 @@ def test_the_filling_cache_is_the_one_that_the_library_fills():
 
 
 def test_the_filling_cache_says_when_it_grew():
-    first, _, *rest = (widgets._filling_in_words(i, s, b, 2) for i, (s, b) in enumerate(_pairs()))
+    first, _, *rest = (cache._in_words(i, s, b, 2) for i, (s, b) in enumerate(_pairs()))
     assert first.startswith("Nothing is computed") and sum("It was full" in words for words in rest) == 1
 
 
 def _pairs():
-    states = widgets.filled_cache((5, 2), 9, 4, 2)
+    states = cache.filled_cache((5, 2), 9, 4, 2)
     return zip(states, states[:1] + states, strict=False)

@@ -8,16 +8,16 @@ from rich.table import Table
 
 from course.tasks import kv_cache, naive_attention, online_softmax, tiling, triton_flash_attention
 from course.tasks import progress as _progress
-from course.tasks.task import Case, NotYet, Report, Task, fresh_inputs, run
+from course.tasks.task import Case, CheckResult, NotYet, Task, fresh_inputs, run
 
-__all__ = ["TASKS", "Case", "NotYet", "Report", "Task", "check", "fresh_inputs", "progress"]
+__all__ = ["TASKS", "Case", "NotYet", "CheckResult", "Task", "check", "fresh_inputs", "progress"]
 
 UNITS = (naive_attention, online_softmax, tiling, kv_cache, triton_flash_attention)
 TASKS: dict[str, Task] = {task.name: task for unit in UNITS for task in unit.TASKS}
 
 
-def check(function: Callable, *what: str | Case) -> Report:
-    """Runs your answer on a task's cases, and says in words what is not right yet.
+def check(function: Callable, *what: str | Case) -> CheckResult:
+    """Runs your answer on a task's cases, and says what is not right yet.
 
     Args:
         function: your answer. Its name says which task it is.
@@ -35,9 +35,9 @@ def check(function: Callable, *what: str | Case) -> Report:
         raise ValueError(f"no task is called {name}: name your function after its task, one of {', '.join(TASKS)}")
     task = TASKS[name]
     if not what:
-        report = run(task, function, task.cases())
+        result = run(task, function, task.cases())
         _progress.mark_done(task.name)
-        return report
+        return result
     chosen = [case for part in what for case in ([part] if isinstance(part, Case) else task.cases(part))]
     return run(task, function, chosen)
 

@@ -16,10 +16,10 @@ from minillm.measure.traffic import Counted, Traffic
 class Rows(Counted):
     """A matrix in HBM of which whole rows are loaded and stored.
 
-    A part of a row could meet more keys than a bound on traffic reckons with.
+    The bound on traffic in `tiling` assumes whole rows: parts of rows could meet more keys.
 
     Attributes:
-        stored: (n,), which rows were.
+        stored: (n,) bool, the rows that were stored.
     """
 
     def __init__(self, tensor: Tensor, name: str, traffic: Traffic):
@@ -36,17 +36,17 @@ class Rows(Counted):
         self.stored[index[:1]] = True
 
 
-def call_in_tiles(function: Callable, *inputs: Any, cure: str, memory: int | None = None, words: str = "") -> Any:
+def call_in_tiles(function: Callable, *inputs: Any, cure: str, memory: int | None = None, too_much: str = "") -> Any:
     """The answer's result, where some of its inputs are `Rows`.
 
     Args:
         cure: what to do where the chip has no room for a tile.
-        memory: bytes that the call may take, with `words` for more: see `extra_memory_below`. None: any.
+        memory, too_much: bytes that the call may take, as in `extra_memory_below`. None: any number.
     """
     try:
         if memory is None:
             return call(function, *inputs)
-        return extra_memory_below(memory, function, *inputs, words=words)
+        return extra_memory_below(memory, function, *inputs, too_much=too_much)
     except NotYet as complaint:
         if "need more than sram" not in str(complaint):
             raise

@@ -1,4 +1,4 @@
-"""How an answer is judged: called, compared with float64, and its mistake called by its name where it is known."""
+"""How an answer is judged: called, compared with float64, and its mistake named where it is a known one."""
 
 from __future__ import annotations
 
@@ -12,26 +12,19 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from course.lesson import error_budget
 from course.tasks.task import NotBegun, NotYet
-from minillm.measure import format_bytes, measure_memory
-
-# Where memory or traffic is judged, the result need only be the right one: many blocks, many roundings.
-COARSE = 32
-LOW = 400  # how far the scores of `far_below` lie below 0
-START = f"all scores are near −{LOW}, and their exp is 0: m starts at −∞, not at 0"
-ELSEWHERE = "this case is about more than the result: mend the other parts first"
+from minillm.measure import error_budget, format_bytes, measure_memory
 
 
 class Mistake(NamedTuple):
     """A mistake that people make.
 
     Args:
-        words: what to tell who made it; or a function of the inputs that says it.
-        answer: computes what comes out of that mistake.
+        message: what is wrong, and what would be right; or a function of the inputs that says it.
+        answer: computes the result of an answer with that mistake.
     """
 
-    words: str | Callable[..., str]
+    message: str | Callable[..., str]
     answer: Callable[..., Any]
 
 
@@ -54,18 +47,18 @@ def compare_results(
 ) -> None:
     """Compares results with the right ones, within the error budget.
 
-    Its small change is 16 roundings and not 4: right answers sum in many orders, and none may fail for its own.
+    The allowance for rounding is 16 and not 4: right answers sum in different orders, and none may fail for that.
 
     Args:
         got: what the answer to judge returned.
         inputs: its arguments.
         answer: the right one, in any float dtype: float64 is the reference, the inputs' own dtype the naive method.
         results: for each result its name, and what its axes are called.
-        mistakes: to be recognised, the likeliest first.
-        asks: a question to ask where none is.
-        nan: what to say of NaN.
+        mistakes: that are known, the likeliest first.
+        asks: a question to ask where it is none of them.
+        nan: the cause of NaN, or a question about it.
         factor: of the error budget, 2 for results and 3 for gradients.
-        times: how much larger than usual the scores are: exp makes of their rounding that much more.
+        times: how much larger than usual the scores are; exp amplifies their rounding by as much.
 
     Raises:
         NotYet: what is wrong.
@@ -82,8 +75,8 @@ def compare_results(
         return
     for mistake in mistakes:
         if _was_made(mistake, inputs, got, naive, reference):
-            words = mistake.words
-            raise NotYet(words if isinstance(words, str) else words(*inputs))
+            message = mistake.message
+            raise NotYet(message if isinstance(message, str) else message(*inputs))
     name, axes = list(results.items())[wrong[0]]
     where = _largest_error(got[wrong[0]], reference[wrong[0]], axes)
     raise NotYet("\n".join(filter(None, [f"{name} is {where}", asks])))
@@ -97,7 +90,7 @@ def call(function: Callable, *inputs: Any, through: Callable | None = None) -> A
 
     Raises:
         NotBegun: it raised NotImplementedError.
-        NotYet: it raised something else, or it calls an attention that somebody else wrote.
+        NotYet: it raised something else, or it calls an attention of PyTorch or of this course.
     """
     copies = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
     try:
@@ -126,43 +119,24 @@ def check_form(got: tuple, expected: tuple[Tensor, ...], results: Mapping[str, t
             raise NotYet(f"{name} is {mine.dtype}, expected {theirs.dtype}")
 
 
-def extra_memory_below(limit: int, function: Callable, *inputs: Any, words: str) -> Any:
+def extra_memory_below(limit: int, function: Callable, *inputs: Any, too_much: str) -> Any:
     """The answer's result, if the call takes less memory than that, its result included.
 
     Args:
         limit: bytes.
-        words: why it is too much.
+        too_much: why an answer takes more.
 
     Raises:
         NotYet: it takes more.
     """
     if hasattr(function, "peak_memory"):  # graded in a process of its own, and measured from outside
-        result, peak = call(partial(function.peak_memory), *inputs)  # with its own words for what went wrong
+        result, peak = call(partial(function.peak_memory), *inputs)  # its errors name the function and the line
     else:
-        report = call(lambda *copies: measure_memory(function, *copies), *inputs)
-        result, peak = report.result, report.peak_bytes
+        used = call(lambda *copies: measure_memory(function, *copies), *inputs)
+        result, peak = used.result, used.peak_bytes
     if peak > limit:
-        raise NotYet(f"{words} ({format_bytes(peak)} at a time, allowed {format_bytes(limit)})")
+        raise NotYet(f"{too_much} ({format_bytes(peak)} at a time, allowed {format_bytes(limit)})")
     return result
-
-
-def far_below(q: Tensor, k: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """q and k with a part in opposite directions, so that each score (scaled by 1/√d) lies near -LOW."""
-    towards = torch.nn.functional.normalize(torch.randn(q.shape[1], generator=generator), dim=0)
-    size = (LOW * q.shape[1] ** 0.5) ** 0.5
-    return q / 10 - size * towards, k / 10 + size * towards
-
-
-def kind_of_scores(times: float, rising: bool, low: bool) -> str:
-    """For a case's title: what is unusual about its scores."""
-    if rising:
-        return ", rising scores"
-    return f", scores × {times:g}" if times != 1 else f", scores near −{LOW}" * low
-
-
-def counted(n: int, one: str, more: str = "") -> str:
-    """«1 query», «9 keys»: for the titles of cases."""
-    return f"{n} {one if n == 1 else more or one + 's'}"
 
 
 def as_tuple(result: Any) -> tuple:
@@ -170,7 +144,7 @@ def as_tuple(result: Any) -> tuple:
 
 
 class _OwnWork(TorchFunctionMode):
-    """Says no where an answer hands its work to PyTorch's attention, or to this course's."""
+    """Raises NotYet where an answer calls PyTorch's attention, or this course's."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
@@ -215,12 +189,12 @@ def _name(place: Iterable[Tensor], axes: tuple[str, ...]) -> str:
 
 def _where_raised(error: Exception, function: Callable) -> str:
     """Type, message and the learner's own line."""
-    words = f"{type(error).__name__}: {error}"
+    message = f"{type(error).__name__}: {error}"
     code = getattr(getattr(function, "fn", function), "__code__", None)  # a Triton function has a `fn`
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if code and frame.filename == code.co_filename and frame.line:
-            return f"{words}\nin the line: {frame.line}"
-    return words if code else str(error)
+            return f"{message}\nin the line: {frame.line}"
+    return message if code else str(error)
 
 
 def _double(x: Any) -> Any:

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
-from course.tasks.judge import Mistake, call, compare_results, counted, extra_memory_below
+from course.tasks.cases import counted, kind_of_scores
+from course.tasks.judge import Mistake, call, compare_results, extra_memory_below
+from course.tasks.mistakes import of_heads, of_scale
 from course.tasks.task import Case, NotYet, Task
 
 STEP = {"out": ("query", "dim"), "keys": ("slot", "dim"), "values": ("slot", "dim")}
@@ -22,9 +24,8 @@ def append_case(length: int, new: int, capacity: int, *, times: float = 1, asks:
         keys, values = (_buffer(x[:length], capacity) for x in (k, v))
         _append((q * times)[length:], k[length:], v[length:], keys, values, length, function, asks, times)
 
-    magnitude = f", scores × {times:g}" if times != 1 else ""
-    title = f"{counted(new, 'new token')} after {length}, {counted(capacity, 'slot')}{magnitude}"
-    return Case(title, judge)
+    title = f"{counted(new, 'new token')} after {length}, {counted(capacity, 'slot')}"
+    return Case(title + kind_of_scores(times), judge)
 
 
 def every_cut_case(tokens: int, capacity: int) -> Case:
@@ -63,8 +64,8 @@ def _append(
     for name, buffer in zip(("keys", "values"), got[1:], strict=True):
         if buffer.shape != (capacity, keys.shape[1]):
             grown = "it must double until all fit" if capacity > len(keys) else "there was room: it must stay"
-            words = f"{name} has shape {tuple(buffer.shape)}, expected ({capacity}, {keys.shape[1]})"
-            raise NotYet(f"{words}: {len(keys)} slots, {length} old and {counted(len(q), 'new token')}; {grown}")
+            found = f"{name} has shape {tuple(buffer.shape)}, expected ({capacity}, {keys.shape[1]})"
+            raise NotYet(f"{found}: {len(keys)} slots, {length} old and {counted(len(q), 'new token')}; {grown}")
     used = slice(length + len(q))
     trimmed = (got[0], got[1][used], got[2][used])
     compare_results(
@@ -86,7 +87,7 @@ def _step(
     write_at: Callable[[int], int] = lambda old: old,
     lost: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out, and the used slots of keys and values; the options are what people get wrong."""
+    """out, and the used slots of keys and values; the options are slips that people make."""
     used = length + len(q)
     room = max(used, len(keys))
 
@@ -131,11 +132,7 @@ STEP_MISTAKES = [
         lambda *x: _step(*x, write_at=lambda old: max(0, old - 1)),
     ),
     Mistake("growing loses the last old row: copy all `length` of them", lambda *x: _step(*x, lost=True)),
-    Mistake("the scale 1/√d is forgotten", lambda *x: _step(*x, scale=1.0)),
-    Mistake(
-        "the scale is there twice: the scores are divided by d instead of √d",
-        lambda *x: _step(*x, scale=1 / x[0].shape[1]),
-    ),
+    *of_scale(_step),
 ]
 
 
@@ -155,9 +152,9 @@ def decode_case(lengths: list[int], h: int, hk: int, slots: int, *, times: float
             times=times,
         )
 
-    magnitude = f", scores × {times:g}" if times != 1 else ""
     rows = f"{counted(len(lengths), 'row')} of {', '.join(map(str, lengths))}"
-    return Case(f"{rows} in {slots} slots, {counted(h, 'query head')} on {counted(hk, 'KV head')}{magnitude}", judge)
+    heads = f"{counted(h, 'query head')} on {counted(hk, 'KV head')}"
+    return Case(f"{rows} in {slots} slots, {heads}{kind_of_scores(times)}", judge)
 
 
 def decode_memory_case(length: int = 32_768, h: int = 32, hk: int = 2) -> Case:
@@ -165,8 +162,8 @@ def decode_memory_case(length: int = 32_768, h: int = 32, hk: int = 2) -> Case:
 
     def judge(function: Callable, generator: Generator) -> None:
         inputs = _cache([length], h, hk, length, generator, 1, d=64)
-        words = "the cache is repeated for each query head: let the heads of a group share one product"
-        result = extra_memory_below(64 << 20, function, *inputs, words=words)
+        too_much = "the cache is repeated for each query head: let the heads of a group share one product"
+        result = extra_memory_below(64 << 20, function, *inputs, too_much=too_much)
         compare_results(result, inputs, _decode, results={"out": ("row", "head", "dim")}, times=16)  # sums this long
 
     return Case(f"{length} tokens, {h} query heads on {counted(hk, 'KV head')}: memory", judge)
@@ -193,7 +190,7 @@ def _decode(
     scale: float | None = None,
     longest: bool = False,
 ) -> Tensor:
-    """The right answer; the options are what people get wrong."""
+    """The right answer; the options are slips that people make."""
     heads_k, rows = keys.shape[2], []
     for row, length in enumerate(lengths.tolist()):
         stop = max(1, (int(lengths.max()) if longest else length) + shift)
@@ -208,26 +205,14 @@ def _decode(
 
 
 DECODE_MISTAKES = [
-    Mistake(
-        "the query heads are interleaved over the KV heads: neighbours must share one, "
-        "so that heads 0 … g−1 read KV head 0",
-        lambda *x: _decode(*x, interleaved=True),
-    ),
-    Mistake(
-        "all query heads read the first KV head: head i reads KV head i // (h // hk)",
-        lambda q, keys, values, lengths: _decode(q, keys[:, :, :1], values[:, :, :1], lengths),
-    ),
+    *of_heads(_decode),
     Mistake(
         "each row is read to the longest length: a shorter row ends at its own",
         lambda *x: _decode(*x, longest=True),
     ),
     Mistake("the last token is not seen: a row of length n has slots 0 … n − 1", lambda *x: _decode(*x, shift=-1)),
     Mistake("one slot too many is seen: a row of length n has slots 0 … n − 1", lambda *x: _decode(*x, shift=1)),
-    Mistake("the scale 1/√d is forgotten", lambda *x: _decode(*x, scale=1.0)),
-    Mistake(
-        "the scale is there twice: the scores are divided by d instead of √d",
-        lambda *x: _decode(*x, scale=1 / x[0].shape[-1]),
-    ),
+    *of_scale(_decode),
 ]
 
 TASKS = [

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from course.tasks.judge import Mistake, compare, counted
+from course.tasks.cases import counted, kind_of_scores, lengths
+from course.tasks.judge import Mistake, compare
+from course.tasks.mistakes import of_causal_mask, of_heads, of_scale
 from course.tasks.task import Case, Task
 
 OVERFLOW = "exp of a score overflows: subtract the largest of the row before"
@@ -31,9 +33,8 @@ def gqa_case(sq: int, sk: int, h: int, hk: int, *, times: float = 1, d: int = 16
             times=times,
         )
 
-    magnitude = f", scores × {times:g}" if times != 1 else ""
-    lengths = f"{counted(sq, 'query', 'queries')}, {counted(sk, 'key')}"
-    return Case(f"{lengths}, {counted(h, 'query head')} on {counted(hk, 'KV head')}{magnitude}", judge)
+    heads = f"{counted(h, 'query head')} on {counted(hk, 'KV head')}"
+    return Case(f"{lengths(sq, sk)}, {heads}{kind_of_scores(times)}", judge)
 
 
 def _attention(
@@ -41,7 +42,8 @@ def _attention(
     k: Tensor,
     v: Tensor,
     *,
-    diagonal: int | None = None,
+    shift: int = 0,
+    top_left: bool = False,
     interleaved: bool = False,
     scale: float | None = None,
     mask_after: bool = False,
@@ -50,12 +52,12 @@ def _attention(
     upside_down: bool = False,
     to_heads: Callable[[Tensor], Tensor] = lambda x: x.transpose(1, 2),
 ) -> Tensor:
-    """The right answer; the options are what people get wrong."""
+    """The right answer; the options are slips that people make."""
     sq, sk, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     spread = (lambda x: x.repeat(1, 1, group, 1)) if interleaved else (lambda x: x.repeat_interleave(group, dim=2))
     queries, keys, values = to_heads(q), to_heads(spread(k)), to_heads(spread(v))
     scores = queries @ keys.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    hidden = ~torch.ones(sq, sk, dtype=torch.bool).tril(sk - sq if diagonal is None else diagonal)
+    hidden = ~torch.ones(sq, sk, dtype=torch.bool).tril(0 if top_left else sk - sq + shift)
     if upside_down:
         hidden = ~torch.ones_like(hidden).triu(sk - sq)
     if mask_after:
@@ -81,51 +83,29 @@ def _top_left(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 
 MISTAKES = [
-    Mistake(_top_left, lambda q, k, v: _attention(q, k, v, diagonal=0)),
-    Mistake(
-        "there is no causal mask: each query sees all keys", lambda q, k, v: _attention(q, k, v, diagonal=k.shape[1])
-    ),
-    Mistake(
-        "your mask is off by one: each query sees one key too many",
-        lambda q, k, v: _attention(q, k, v, diagonal=k.shape[1] - q.shape[1] + 1),
-    ),
-    Mistake(
-        "your mask is off by one: a query must see the key at its own position too",
-        lambda q, k, v: _attention(q, k, v, diagonal=k.shape[1] - q.shape[1] - 1),
-    ),
+    Mistake(_top_left, lambda *x: _attention(*x, top_left=True)),
+    *of_causal_mask(_attention),
     Mistake(
         "you mask after the softmax: the rows no longer add up to 1. Put −∞ into the scores before it",
-        lambda q, k, v: _attention(q, k, v, mask_after=True),
-    ),
-    Mistake(
-        "the query heads are interleaved over the KV heads: neighbours must share one, "
-        "so that heads 0 … g−1 read KV head 0 (repeat_interleave, not repeat)",
-        lambda q, k, v: _attention(q, k, v, interleaved=True),
+        lambda *x: _attention(*x, mask_after=True),
     ),
     Mistake(
         "a hidden score is 0 and not −∞: exp(0) is 1, so the hidden keys take part",
-        lambda q, k, v: _attention(q, k, v, hidden_score=0),
+        lambda *x: _attention(*x, hidden_score=0),
     ),
-    Mistake(
-        "all query heads read the first KV head: head i reads KV head i // (h // hk)",
-        lambda q, k, v: _attention(q, k[:, :, :1], v[:, :, :1]),
-    ),
+    *of_heads(_attention, cure=" (repeat_interleave, not repeat)"),
     Mistake(
         "your mask is upside down: query i must see the keys up to its own, not those from its own on (tril, not triu)",
-        lambda q, k, v: _attention(q, k, v, upside_down=True),
+        lambda *x: _attention(*x, upside_down=True),
     ),
     *(
         Mistake("reshape does not swap axes: (batch, seqlen, nheads, dim) needs transpose(1, 2)", _reshaped(back))
         for back in (lambda out, shape: out.reshape(shape), lambda out, _: out.transpose(1, 2))
     ),
-    Mistake("the scale 1/√d is forgotten", lambda q, k, v: _attention(q, k, v, scale=1.0)),
-    Mistake(
-        "the scale is there twice: the scores are divided by d instead of √d",
-        lambda q, k, v: _attention(q, k, v, scale=1 / q.shape[-1]),
-    ),
+    *of_scale(_attention),
     Mistake(
         "the softmax runs over the queries: it must run over the keys, the last axis of the scores",
-        lambda q, k, v: _attention(q, k, v, over=-2).nan_to_num(),
+        lambda *x: _attention(*x, over=-2).nan_to_num(),
     ),
 ]
 

@@ -9,18 +9,17 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from course.tasks.cases import COARSE, ELSEWHERE, LOW, START, counted, far_below, kind_of_scores, random_rows
 from course.tasks.hbm import Rows, call_in_tiles
-from course.tasks.judge import (
-    COARSE,
-    ELSEWHERE,
-    LOW,
-    START,
-    Mistake,
-    compare,
-    compare_results,
-    counted,
-    far_below,
-    kind_of_scores,
+from course.tasks.judge import Mistake, compare, compare_results
+from course.tasks.mistakes import (
+    masked_scores,
+    of_base,
+    of_division,
+    of_padding,
+    of_rescale,
+    of_scale,
+    online_softmax,
 )
 from course.tasks.task import Case, NotYet, Task
 from minillm.attention import merge_state
@@ -44,10 +43,7 @@ def one_pass_case(
     with `low`, see `far_below`."""
 
     def judge(function: Callable, generator: Generator) -> None:
-        q, k, v = _inputs(rows, n, generator)
-        if rising:
-            towards = torch.nn.functional.normalize(torch.randn(q.shape[1], generator=generator), dim=0)
-            q, k = 4 * towards + q / 10, towards * torch.linspace(-4, 4, n)[:, None] + k / 100
+        q, k, v = random_rows(rows, n, 16, generator, rising)
         q, k = far_below(q, k, generator) if low else (q * times, k)
         got, _ = _one_pass(function, q, k, v, block)
         compare_results(
@@ -69,9 +65,9 @@ def memory_case(rows: int = 64, n: int = 1 << 18, block: int = 2048) -> Case:
     """One pass, at lengths at which all scores, and copies of all keys and values, need far more than one block."""
 
     def judge(function: Callable, generator: Generator) -> None:
-        q, k, v = _inputs(rows, n, generator)
-        words = "the scores, or copies, of all keys are in memory: keep those of one block, and m, l and acc"
-        result, traffic = _one_pass(function, q, k, v, block, memory=16 << 20, words=words)
+        q, k, v = random_rows(rows, n, 16, generator)
+        too_much = "the scores, or copies, of all keys are in memory: keep those of one block, and m, l and acc"
+        result, traffic = _one_pass(function, q, k, v, block, memory=16 << 20, too_much=too_much)
         some = slice(0, rows, rows // 4)  # enough to see that it is the right one, at a fraction of the time
         if isinstance(result, (tuple, list)) and all(isinstance(x, Tensor) and len(x) == rows for x in result):
             result = tuple(x[some] for x in result)
@@ -91,47 +87,26 @@ def _one_pass(function: Callable, q: Tensor, k: Tensor, v: Tensor, block: int, *
     return call_in_tiles(function, q, *hbm, block, cure=cure, **memory), traffic
 
 
-def _inputs(rows: int, n: int, generator: Generator, d: int = 16) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (torch.randn(length, d, generator=generator) for length in (rows, n, n))
-    return q, k, v
-
-
 def _exact(q: Tensor, k: Tensor, v: Tensor, block: int) -> tuple[Tensor, Tensor]:
     scores = q @ k.T / q.shape[1] ** 0.5
     return scores.softmax(-1) @ v, scores.logsumexp(-1)
 
 
-def _walk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block: int,
-    *,
-    scale: float | None = None,
-    rescale_acc: bool = True,
-    rescale_l: bool = True,
-    divide: bool = True,
-    base: float = math.e,
-    padded: bool = False,
+def _loop(
+    q: Tensor, k: Tensor, v: Tensor, block: int, *, scale: float | None = None, **slips: Any
 ) -> tuple[Tensor, Tensor]:
-    """One pass, with the options that people get wrong."""
-    missing = -len(k) % block if padded else 0
-    k, v = (torch.cat([x, x.new_zeros(missing, x.shape[1])]) for x in (k, v))
-    m, l = q.new_full((len(q), 1), -torch.inf), q.new_zeros(len(q), 1)
-    acc = torch.zeros_like(q)
-    for j in range(0, len(k), block):
-        scores = q @ k[j : j + block].T * (q.shape[1] ** -0.5 if scale is None else scale)
-        largest = torch.maximum(m, scores.amax(-1, keepdim=True))
-        p, rescale = base ** (scores - largest), base ** (m - largest)
-        l = (rescale if rescale_l else 1) * l + p.sum(-1, keepdim=True)
-        acc = (rescale if rescale_acc else 1) * acc + p @ v[j : j + block]
-        m = largest
-    return (acc / l if divide else acc), (m + l.log())[:, 0]
+    """One pass, with the slips of `online_softmax`."""
+    return online_softmax(masked_scores(q, k, causal=False, scale=scale), v, block, **slips)
 
 
 def _without_tail(q: Tensor, k: Tensor, v: Tensor, block: int) -> tuple[Tensor, Tensor]:
     whole = len(k) // block * block
-    return _walk(q, k[:whole], v[:whole], block) if whole else (torch.zeros_like(q), q.new_full((len(q),), -torch.inf))
+    return _loop(q, k[:whole], v[:whole], block)
+
+
+def _average(q: Tensor, k: Tensor, v: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    parts = zip(k.split(block), v.split(block), strict=True)
+    return torch.stack([_exact(q, *part, block)[0] for part in parts]).mean(0), _exact(q, k, v, block)[1]
 
 
 def _with_lse(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -145,42 +120,13 @@ def _with_lse(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., tuple
 
 
 ONE_PASS_MISTAKES = [
-    Mistake(
-        "acc is not rescaled: when the largest score rises, what was summed before must shrink, acc as well as l",
-        lambda *x: _walk(*x, rescale_acc=False),
-    ),
-    Mistake(
-        "l is not rescaled: when the largest score rises, what was summed before must shrink, l as well as acc",
-        lambda *x: _walk(*x, rescale_l=False),
-    ),
-    Mistake(
-        "nothing is rescaled: when the largest score rises, l and acc of the blocks before must shrink",
-        lambda *x: _walk(*x, rescale_l=False, rescale_acc=False),
-    ),
+    *of_rescale(_loop),
     Mistake("the last keys are missing: is there a tail that does not fill a block?", _without_tail),
-    Mistake(
-        "the tail is padded and not masked: a key of zeros has score 0, not −∞",
-        lambda *x: _walk(*x, padded=True),
-    ),
-    Mistake(
-        "the exponentials are in base 2: multiply the scores by log2(e) first, or use exp",
-        lambda *x: _walk(*x, base=2),
-    ),
-    Mistake("the scale 1/√d is forgotten", lambda *x: _walk(*x, scale=1.0)),
-    Mistake(
-        "the scale is there twice: the scores are divided by d instead of √d",
-        lambda *x: _walk(*x, scale=1 / x[0].shape[1]),
-    ),
-    Mistake(
-        "it is the plain average of the blocks: a block counts by exp of its lse",
-        lambda q, k, v, block: (
-            torch.stack([_exact(q, *part, block)[0] for part in zip(k.split(block), v.split(block), strict=True)]).mean(
-                0
-            ),
-            _exact(q, k, v, block)[1],
-        ),
-    ),
-    Mistake("the result is not divided by l in the end", lambda *x: _walk(*x, divide=False)),
+    of_padding(_loop),
+    of_base(_loop),
+    *of_scale(_loop),
+    Mistake("it is the plain average of the blocks: a block counts by exp of its lse", _average),
+    of_division(_loop),
     Mistake("lse is in base 2: the natural logarithm is wanted", _with_lse(lambda m, lse: lse / math.log(2))),
     Mistake(
         "log2 of l is no natural logarithm: lse is m + log l", _with_lse(lambda m, lse: m + (lse - m) / math.log(2))

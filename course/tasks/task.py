@@ -16,7 +16,7 @@ WIDTH = 96  # characters beside JupyterLab's file browser
 
 
 class NotYet(AssertionError):
-    """An answer that is not right yet. Jupyter shows the words alone, without a traceback."""
+    """An answer that is not right yet. Jupyter shows the message alone, without a traceback."""
 
     def _render_traceback_(self) -> list[str]:
         return str(self).splitlines()
@@ -30,7 +30,7 @@ class Case(NamedTuple):
     """One situation in which an answer is tried.
 
     Args:
-        title: the situation in a few words, such as «1 query, 9 keys».
+        title: the situation in a few words, such as "1 query, 9 keys".
         judge: called with the answer and a generator for its inputs; raises NotYet where the answer is wrong.
     """
 
@@ -70,8 +70,8 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What was right: shown by Jupyter when it ends a cell."""
+class CheckResult:
+    """The cases that were right, as text: Jupyter shows it where `check` ends a cell."""
 
     text: str
 
@@ -79,7 +79,7 @@ class Report:
         return self.text
 
 
-def run(task: Task, function: Callable, cases: Iterable[Case]) -> Report:
+def run(task: Task, function: Callable, cases: Iterable[Case]) -> CheckResult:
     """Tries the answer in every case.
 
     Raises:
@@ -102,7 +102,7 @@ def run(task: Task, function: Callable, cases: Iterable[Case]) -> Report:
                 lines += textwrap.wrap(line, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     if wrong:
         raise NotYet("\n".join([f"{task.name}: not yet, {wrong} of {right + wrong} cases wrong", *lines]))
-    return Report("\n".join([f"{task.name}: right", *lines]))
+    return CheckResult("\n".join([f"{task.name}: right", *lines]))
 
 
 _seed: ContextVar[int] = ContextVar("seed", default=0)

@@ -1,37 +1,37 @@
-"""Unit 03: FlashAttention's forward, judged by what it moves too, and the gradient of q by recomputation."""
+"""Unit 03: FlashAttention's forward, judged by the bytes that it moves too; `tiling_gradient` has the other task."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
+from course.tasks.cases import COARSE, ELSEWHERE, LOW, START, far_below, kind_of_scores, random_rows
 from course.tasks.hbm import Rows, call_in_tiles
-from course.tasks.judge import (
-    COARSE,
-    ELSEWHERE,
-    LOW,
-    START,
-    Mistake,
-    compare,
-    compare_results,
-    extra_memory_below,
-    far_below,
-    kind_of_scores,
+from course.tasks.judge import Mistake, compare_results
+from course.tasks.mistakes import (
+    Sees,
+    in_a_visible_tile,
+    masked_scores,
+    of_base,
+    of_causal_mask,
+    of_division,
+    of_padding,
+    of_rescale,
+    of_scale,
+    of_skipped_tiles,
+    online_softmax,
 )
 from course.tasks.task import Case, NotYet, Task
-from minillm.attention import flash_attention
+from course.tasks.tiling_gradient import GRAD_Q
 from minillm.attention.masks import Visibility, tiles
 from minillm.measure import format_bytes
 from minillm.measure.traffic import Traffic
 
 ROWS = {"out": ("query", "dim")}
-GRAD = {"grad_q": ("query", "dim")}
 NAN_ROW = "−∞ − (−∞) is NaN: m is the largest score of all tiles so far, not of this one alone"
-NAN_GRAD = "exp overflows where a hidden key is not masked before it, or where lse is not subtracted"
 
 
 def forward_case(
@@ -48,13 +48,13 @@ def forward_case(
     """Causal attention of n queries to n keys in tiles; q is multiplied by `times`; with `low`, see `far_below`."""
 
     def judge(function: Callable, generator: Generator) -> None:
-        q, k, v = _inputs(n, d, generator, rising)
+        q, k, v = random_rows(n, n, d, generator, rising)
         q, k = far_below(q, k, generator) if low else (q * times, k)
         out = _forward(function, q, k, v, block_q, block_k, Traffic(_room(block_q, block_k, d)))
-        mistakes = [Mistake(words, _blocked(answer, block_q, block_k)) for words, answer in FORWARD_MISTAKES]
         nan = START if low else NAN_ROW
         larger = LOW if low else times
-        compare_results(out, (q, k, v), _exact, results=ROWS, mistakes=mistakes, asks=asks, nan=nan, times=larger)
+        inputs = (q, k, v, block_q, block_k)
+        compare_results(out, inputs, _exact, results=ROWS, mistakes=FORWARD_MISTAKES, asks=asks, nan=nan, times=larger)
 
     kind = kind_of_scores(times, rising, low)
     return Case(f"{n} queries and keys, tiles of {block_q} × {block_k}{kind}", judge)
@@ -64,10 +64,12 @@ def traffic_case(n: int = 333, block_q: int = 16, block_k: int = 4, *, d: int = 
     """The result, and the bytes that were loaded and stored for it."""
 
     def judge(function: Callable, generator: Generator) -> None:
-        q, k, v = _inputs(n, d, generator)
+        q, k, v = random_rows(n, n, d, generator)
         traffic = Traffic(_room(block_q, block_k, d))
         out = _forward(function, q, k, v, block_q, block_k, traffic)
-        compare_results(out, (q, k, v), _exact, results=ROWS, asks=ELSEWHERE, nan=NAN_ROW, times=COARSE)
+        compare_results(
+            out, (q, k, v, block_q, block_k), _exact, results=ROWS, asks=ELSEWHERE, nan=NAN_ROW, times=COARSE
+        )
         _judge_traffic(traffic, n, d, block_q, block_k)
 
     return Case(f"{n} queries and keys, tiles of {block_q} × {block_k}: traffic", judge)
@@ -77,12 +79,20 @@ def forward_memory_case(n: int = 4096, block_q: int = 2048, block_k: int = 64, *
     """Lengths at which the scores of a row of tiles need far more memory than those of one."""
 
     def judge(function: Callable, generator: Generator) -> None:
-        q, k, v = _inputs(n, d, generator)
-        words = "the scores of all keys are in memory: keep those of one tile, and m, l and acc"
-        memory = {"memory": 16 << 20, "words": words}
+        q, k, v = random_rows(n, n, d, generator)
+        too_much = "the scores of all keys are in memory: keep those of one tile, and m, l and acc"
+        memory = {"memory": 16 << 20, "too_much": too_much}
         out = _forward(function, q, k, v, block_q, block_k, Traffic(_room(block_q, block_k, d)), **memory)
         some = slice(-8, None)  # the last rows see all keys
-        compare_results(out[some], (q[some], k, v), _exact, results=ROWS, asks=ELSEWHERE, nan=NAN_ROW, times=COARSE)
+        compare_results(
+            out[some],
+            (q[some], k, v, block_q, block_k),
+            _exact,
+            results=ROWS,
+            asks=ELSEWHERE,
+            nan=NAN_ROW,
+            times=COARSE,
+        )
 
     return Case(f"{n} queries and keys, tiles of {block_q} × {block_k}: memory", judge)
 
@@ -140,21 +150,11 @@ def _judge_traffic(traffic: Traffic, n: int, d: int, block_q: int, block_k: int)
     raise NotYet(f"right, but it moves {traffic.total / tile_sum:.1f} × what the tiles need: {why}")
 
 
-def _inputs(n: int, d: int, generator: Generator, rising: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (torch.randn(n, d, generator=generator) for _ in range(3))
-    if rising:
-        towards = torch.nn.functional.normalize(torch.randn(d, generator=generator), dim=0)
-        q, k = 4 * towards + q / 10, towards * torch.linspace(-4, 4, n)[:, None] + k / 100
-    return q, k, v
+def _exact(q: Tensor, k: Tensor, v: Tensor, *_: int) -> Tensor:
+    return masked_scores(q, k).softmax(-1) @ v
 
 
-def _exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = q @ k.T / q.shape[1] ** 0.5
-    hidden = ~torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
-    return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
-
-
-def _walk(
+def _loop(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -162,261 +162,59 @@ def _walk(
     block_k: int,
     *,
     scale: float | None = None,
-    rescale_acc: bool = True,
-    rescale_l: bool = True,
-    divide: bool = True,
-    base: float = math.e,
-    sees: Callable[[Tensor, Tensor], Tensor] = torch.ge,
-    last: Callable[[int], int] | None = None,
-    padded: bool = False,
+    shift: int = 0,
+    sees: Sees = torch.ge,
+    **slips: Any,
 ) -> Tensor:
-    """FlashAttention-2's loops, with the options that people get wrong."""
-    n, d = q.shape
-    missing = -n % block_k if padded else 0
-    k, v = (torch.cat([x, x.new_zeros(missing, d)]) for x in (k, v))
-    out = torch.zeros_like(q)
-    for i in range(0, n, block_q):
-        tile, queries = q[i : i + block_q], torch.arange(i, min(n, i + block_q))[:, None]
-        m, l = q.new_full((len(tile), 1), -torch.inf), q.new_zeros(len(tile), 1)
-        acc = torch.zeros_like(tile)
-        for j in range(0, len(k) if last is None else last(i), block_k):
-            keys = torch.arange(j, min(len(k), j + block_k))
-            scores = tile @ k[keys].T * (d**-0.5 if scale is None else scale)
-            scores = scores.masked_fill(~(sees(queries, keys) | (padded & (keys >= n))), -torch.inf)
-            largest = torch.maximum(m, scores.amax(-1, keepdim=True))
-            shift = largest.masked_fill(largest == -torch.inf, 0)
-            p, rescale = base ** (scores - shift), base ** (m - shift)
-            l = (rescale if rescale_l else 1) * l + p.sum(-1, keepdim=True)
-            acc = (rescale if rescale_acc else 1) * acc + p @ v[keys]
-            m = largest
-        out[i : i + block_q] = acc / l if divide else acc
-    return out.nan_to_num()
+    """FlashAttention-2's inner loop for all queries at once, with the slips of `online_softmax`."""
+    return online_softmax(masked_scores(q, k, scale=scale, shift=shift, sees=sees), v, block_k, **slips)[0]
 
 
-def _mask_after(q: Tensor, k: Tensor, v: Tensor, block_q: int, block_k: int) -> Tensor:
+def _mask_after(q: Tensor, k: Tensor, v: Tensor, *_: int) -> Tensor:
     visible = torch.ones(len(q), len(k)).to(q.dtype).tril()
-    return ((q @ k.T / q.shape[1] ** 0.5).softmax(-1) * visible) @ v
+    return (masked_scores(q, k, causal=False).softmax(-1) * visible) @ v
 
 
-def _blocked(answer: Callable, block_q: int, block_k: int) -> Callable[..., Tensor]:
-    return lambda q, k, v: answer(q, k, v, block_q, block_k)
+def _counted_from_0(block_q: int, block_k: int) -> Sees:
+    return lambda i, j: i % block_q >= j % block_k
 
 
-FORWARD_MISTAKES: list[tuple[str, Callable]] = [
-    (
-        "acc is not rescaled: when the largest score rises, what was summed before must shrink, acc as well as l",
-        lambda *x: _walk(*x, rescale_acc=False),
-    ),
-    (
-        "l is not rescaled: when the largest score rises, what was summed before must shrink, l as well as acc",
-        lambda *x: _walk(*x, rescale_l=False),
-    ),
-    (
-        "nothing is rescaled: when the largest score rises, l and acc of the tiles before must shrink",
-        lambda *x: _walk(*x, rescale_l=False, rescale_acc=False),
-    ),
-    ("there is no causal mask: each query sees all keys", lambda *x: _walk(*x, sees=lambda i, j: i >= j - len(x[1]))),
-    (
-        "your mask is off by one: a query must see the key at its own position too",
-        lambda *x: _walk(*x, sees=torch.gt),
-    ),
-    (
-        "your mask is off by one: each query sees one key too many",
-        lambda *x: _walk(*x, sees=lambda i, j: i >= j - 1),
-    ),
-    (
-        "tiles are skipped and those on the diagonal are not masked: inside them, query i must not see key j > i",
-        lambda *x: _walk(*x, sees=lambda i, j: i >= j - len(x[1]), last=lambda i: min(len(x[1]), i + x[3])),
-    ),
-    (
+def _counted_from_0_on_the_diagonal(n: int, block_q: int, block_k: int) -> Sees:
+    def sees(i: Tensor, j: Tensor) -> Tensor:
+        below = (j // block_k * block_k + block_k).clamp(max=n) <= i // block_q * block_q + 1
+        visible = in_a_visible_tile(block_q, block_k)(i, j)
+        return visible & (below | _counted_from_0(block_q, block_k)(i, j))
+
+    return sees
+
+
+def _before_the_diagonal(block_q: int, block_k: int) -> Sees:
+    return lambda i, j: (i >= j) & (j // block_k * block_k < (i // block_q * block_q).clamp(min=1))
+
+
+FORWARD_MISTAKES = [
+    *of_rescale(_loop),
+    *of_causal_mask(_loop),
+    of_skipped_tiles(_loop),
+    Mistake(
         "the mask counts rows of the tile from 0: row r is query i + r, and column c is key j + c",
-        lambda *x: _walk(*x, sees=lambda i, j: i - i[0] >= j - j[0]),
+        lambda *x: _loop(*x, sees=_counted_from_0(*x[3:])),
     ),
-    (
+    Mistake(
         "the mask on the diagonal counts rows of the tile from 0: row r is query i + r, and column c is key j + c",
-        lambda *x: _walk(
-            *x,
-            sees=lambda i, j: (j[-1] <= i[0]) | (i - i[0] >= j - j[0]),
-            last=lambda i: min(len(x[1]), i + x[3]),
-        ),
+        lambda *x: _loop(*x, sees=_counted_from_0_on_the_diagonal(len(x[0]), *x[3:])),
     ),
-    (
+    Mistake(
         "the walk ends before the diagonal: queries i … i + block_q − 1 see the keys up to i + block_q − 1",
-        lambda *x: _walk(*x, last=lambda i: max(i, 1)),
+        lambda *x: _loop(*x, sees=_before_the_diagonal(*x[3:])),
     ),
-    ("you mask after the softmax: the rows no longer add up to 1", _mask_after),
-    ("the tail is padded and not masked: a key of zeros has score 0, not −∞", lambda *x: _walk(*x, padded=True)),
-    (
-        "the exponentials are in base 2: multiply the scores by log2(e) first, or use exp",
-        lambda *x: _walk(*x, base=2),
-    ),
-    ("the scale 1/√d is forgotten", lambda *x: _walk(*x, scale=1.0)),
-    (
-        "the scale is there twice: the scores are divided by d instead of √d",
-        lambda *x: _walk(*x, scale=1 / x[0].shape[1]),
-    ),
-    ("the result is not divided by l in the end", lambda *x: _walk(*x, divide=False)),
+    Mistake("you mask after the softmax: the rows no longer add up to 1", _mask_after),
+    of_padding(_loop),
+    of_base(_loop),
+    *of_scale(_loop),
+    of_division(_loop),
 ]
 
-
-def grad_case(n: int, block_q: int, block_k: int, *, times: float = 1, d: int = 8, asks: str = "") -> Case:
-    """The gradient of q for random gradients of out; q is multiplied by `times`."""
-
-    def judge(function: Callable, generator: Generator) -> None:
-        q, k, v, out, lse, grad_out = _saved(n, d, times, generator)
-        inputs = (q, k, v, out, lse, grad_out, block_q, block_k)
-        compare(
-            function,
-            inputs,
-            _exact_grad,
-            results=GRAD,
-            mistakes=GRAD_MISTAKES,
-            asks=asks,
-            nan=NAN_GRAD,
-            times=times,
-            factor=3,
-        )
-
-    magnitude = f", scores × {times:g}" if times != 1 else ""
-    return Case(f"{n} queries and keys, tiles of {block_q} × {block_k}{magnitude}", judge)
-
-
-def grad_memory_case(n: int = 4096, block_q: int = 128, block_k: int = 512, d: int = 16) -> Case:
-    """A length at which all probabilities need far more memory than those of a row of tiles."""
-
-    def judge(function: Callable, generator: Generator) -> None:
-        saved = _saved(n, d, 1, generator)
-        words = "probabilities of the whole sequence are in memory: compute each tile again when it is needed"
-        result = extra_memory_below(24 << 20, function, *saved, block_q, block_k, words=words)
-        some = slice(-8, None)  # the last rows see all keys
-        q, k, v, out, lse, grad_out = saved
-        rows = (q[some], k, v, out[some], lse[some], grad_out[some], block_q, block_k)
-        result = result[some] if isinstance(result, Tensor) and len(result) == n else result
-        compare_results(result, rows, _exact_grad, results=GRAD, asks=ELSEWHERE, factor=3, times=COARSE)
-
-    return Case(f"{n} queries and keys, tiles of {block_q} × {block_k}: memory", judge)
-
-
-def _saved(n: int, d: int, times: float, generator: Generator) -> tuple[Tensor, ...]:
-    """q, k, v, and what the forward leaves: out and lse; and a gradient of out."""
-    q, k, v = _inputs(n, d, generator)
-    q = q * times
-    out, lse = flash_attention(
-        *(x[None, :, None] for x in (q, k, v)), causal=True, return_lse=True, block_q=512, block_k=512
-    )
-    return q, k, v, out[0, :, 0], lse[0, 0], torch.randn(n, d, generator=generator)
-
-
-def _exact_grad(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    block_q: int,
-    block_k: int,
-    *,
-    delta: float = 1,
-    scale: float | None = None,
-    sees: Callable[[Tensor, Tensor], Tensor] = torch.ge,
-    weights: Callable[[Tensor, Tensor], Tensor] = lambda scores, lse: (scores - lse).exp(),
-    through_softmax: bool = True,
-    counts: slice = slice(None),
-) -> Tensor:
-    """dS K · scale, all at once; the options are what people get wrong."""
-    right, key = q.shape[1] ** -0.5, torch.arange(len(k))
-    visible = sees(key[len(k) - len(q) :, None], key)
-    scores = (q @ k.T * right).masked_fill(~visible, -torch.inf)
-    grad_p = grad_out @ v.T - delta * (grad_out * out).sum(-1, keepdim=True)
-    grad_scores = (weights(scores, lse[:, None]) if through_softmax else visible) * grad_p
-    return grad_scores[:, counts] @ k[counts] * (right if scale is None else scale)
-
-
-def _tile_by_tile(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> Tensor:
-    """Each tile of keys with a softmax of its own."""
-    block_k = rest[-1]
-    weights = lambda scores, _: torch.cat([x.softmax(-1).nan_to_num(0) for x in scores.split(block_k, dim=1)], dim=1)  # noqa: E731
-    return _exact_grad(q, k, v, out, lse, *rest, weights=weights)
-
-
-def _in_a_visible_tile(inputs: tuple) -> Callable[[Tensor, Tensor], Tensor]:
-    block_q, block_k = inputs[-2:]
-    return lambda i, j: i // block_q * block_q + block_q > j // block_k * block_k
-
-
-def _last_tile(q: Tensor, k: Tensor, *rest: Any) -> Tensor:
-    """For each query, only the last tile of keys that its tile of queries sees."""
-    block_q, block_k = rest[-2:]
-    result = torch.zeros_like(q)
-    for i in range(0, len(q), block_q):
-        last = (min(i + block_q, len(k)) - 1) // block_k * block_k
-        result[i : i + block_q] = _exact_grad(q, k, *rest, counts=slice(last, last + block_k))[i : i + block_q]
-    return result
-
-
-def _grad_k(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, *_: int) -> Tensor:
-    """dSᵀ Q · scale."""
-    grad_p = grad_out @ v.T - (grad_out * out).sum(-1, keepdim=True)
-    scores = q @ k.T * q.shape[1] ** -0.5
-    return ((scores - lse[:, None]).exp().tril() * grad_p).T @ q * q.shape[1] ** -0.5
-
-
-GRAD_MISTAKES = [
-    Mistake(
-        "δ is forgotten: dS = P ∘ (dP − δ), with δ the sum of dO · O in each row",
-        lambda *x: _exact_grad(*x, delta=0),
-    ),
-    Mistake("δ is added: dS = P ∘ (dP − δ)", lambda *x: _exact_grad(*x, delta=-1)),
-    Mistake(
-        "the scale is forgotten: the scores were multiplied by 1/√d, so dQ is too",
-        lambda *x: _exact_grad(*x, scale=1.0),
-    ),
-    Mistake("the scale is there twice: dQ = dS K / √d", lambda *x: _exact_grad(*x, scale=1 / x[0].shape[1])),
-    Mistake(
-        "there is no causal mask: hidden keys take part in the gradient",
-        lambda *x: _exact_grad(*x, sees=lambda i, j: i >= j - len(x[1])),
-    ),
-    Mistake(
-        "tiles are skipped and those on the diagonal are not masked: inside them, query i must not see key j > i",
-        lambda *x: _exact_grad(*x, sees=_in_a_visible_tile(x)),
-    ),
-    Mistake(
-        "your mask is off by one: a query must see the key at its own position too",
-        lambda *x: _exact_grad(*x, sees=torch.gt),
-    ),
-    Mistake(
-        "your mask is off by one: each query sees one key too many",
-        lambda *x: _exact_grad(*x, sees=lambda i, j: i >= j - 1),
-    ),
-    Mistake(
-        "the probabilities are not normalised: P = exp(S − lse), lse being saved for that",
-        lambda *x: _exact_grad(*x, weights=lambda scores, _: scores.exp()),
-    ),
-    Mistake(
-        "the probabilities are not normalised: P = exp(S − lse), with lse and not the row's largest score",
-        lambda *x: _exact_grad(*x, weights=lambda scores, _: (scores - scores.amax(-1, keepdim=True)).exp()),
-    ),
-    Mistake(
-        "it is a softmax over each tile of keys: P = exp(S − lse), with the lse of the whole row",
-        _tile_by_tile,
-    ),
-    Mistake(
-        "the exponentials are in base 2: lse is a natural logarithm",
-        lambda *x: _exact_grad(*x, weights=lambda scores, lse: (scores - lse).exp2()),
-    ),
-    Mistake("P is missing: dS = P ∘ (dP − δ)", lambda *x: _exact_grad(*x, through_softmax=False)),
-    Mistake(
-        "P is missing: dS = P ∘ (dP − δ), and it is 0 for hidden keys",
-        lambda *x: _exact_grad(*x, through_softmax=False, sees=_in_a_visible_tile(x)),
-    ),
-    Mistake(
-        "the last keys are missing: is there a tail that does not fill a tile?",
-        lambda *x: _exact_grad(*x, counts=slice(len(x[1]) // x[-1] * x[-1])),
-    ),
-    Mistake("only one tile of keys counts: dQ is the sum over all that the query sees", _last_tile),
-    Mistake("this is dK = dSᵀ Q: dQ is dS K", _grad_k),
-]
 
 TASKS = [
     Task(
@@ -443,19 +241,5 @@ TASKS = [
             "traffic": [traffic_case(), forward_memory_case()],
         },
     ),
-    Task(
-        "grad_q",
-        unit="03_tiling",
-        minutes=40,
-        difficulty=4,
-        parts={
-            "result": [
-                grad_case(4, 4, 4, asks="one tile: P = exp(S − lse), dP = dO Vᵀ, dS = P ∘ (dP − δ)"),
-                grad_case(12, 4, 4, asks="is the sum over all tiles of keys there?"),
-                grad_case(13, 4, 6, asks="queries and keys end in different tails"),
-                grad_case(20, 8, 4, times=30, asks="does it hold for large scores too?"),
-            ],
-            "memory": [grad_memory_case()],
-        },
-    ),
+    GRAD_Q,
 ]

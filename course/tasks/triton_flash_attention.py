@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
-from course.tasks.judge import Mistake, call, compare_results, counted
+from course.tasks.cases import counted, kind_of_scores, lengths, random_rows
+from course.tasks.judge import Mistake, call, compare_results
+from course.tasks.mistakes import EVERY_KEY, masked_scores, of_base, of_delta, of_rescale, online_softmax
 from course.tasks.task import Case, NotYet, Task
 
 BLOCK = 16  # queries and keys in a tile, as in `triton_programs`
@@ -21,23 +22,20 @@ def forward_case(n_q: int, n_k: int, *, causal: bool = False, times: float = 1, 
     """One head, d = 16; q is multiplied by `times`; with `rising`, each score is larger than the last."""
 
     def judge(function: Callable, generator: Generator) -> None:
-        q, k, v = _inputs(n_q, n_k, generator)
-        if rising:
-            towards = torch.nn.functional.normalize(torch.randn(16, generator=generator), dim=0)
-            q, k = 4 * towards + q / 10, towards * torch.linspace(-4, 4, n_k)[:, None] + k / 100
-        nan = "is a key that nobody sees −∞ minus −∞ somewhere, or l still 0?"
+        q, k, v = random_rows(n_q, n_k, 16, generator, rising)
+        nan = "is −∞ minus −∞ computed for a row that sees no key yet, or is l still 0?"
         inputs = (q * times, k, v, causal)
         out, seen = _launched("forward", function, *inputs)
         compare_results(out, inputs, _exact, results=ROWS, mistakes=FORWARD_MISTAKES, asks=asks, nan=nan, times=times)
         _judge_work(seen, _forward_work(n_q, n_k, causal))
 
-    kind = ("causal" if causal else "no mask") + (", rising scores" if rising else f", scores × {times:g}")
-    return Case(f"{_lengths(n_q, n_k)}, {kind.removesuffix(', scores × 1')}", judge)
+    mask = "causal" if causal else "no mask"
+    return Case(f"{lengths(n_q, n_k)}, {mask}{kind_of_scores(times, rising)}", judge)
 
 
 def backward_case(n_q: int, n_k: int, *, causal: bool = False, asks: str = "") -> Case:
     def judge(function: Callable, generator: Generator) -> None:
-        q, k, v = _inputs(n_q, n_k, generator)
+        q, k, v = random_rows(n_q, n_k, 16, generator)
         grad_out = torch.randn(n_q, 16, generator=generator)
         inputs = (q, k, v, grad_out, causal)
         grads, seen = _launched("backward", function, *inputs)
@@ -46,7 +44,7 @@ def backward_case(n_q: int, n_k: int, *, causal: bool = False, asks: str = "") -
         )
         _judge_work(seen, _backward_work(n_q, n_k, causal))
 
-    return Case(f"{_lengths(n_q, n_k)}, {'causal' if causal else 'no mask'}", judge)
+    return Case(f"{lengths(n_q, n_k)}, {'causal' if causal else 'no mask'}", judge)
 
 
 NAN_GRAD = "exp overflows where a hidden key is not masked, or where lse is not subtracted"
@@ -109,7 +107,7 @@ def _judge_work(seen: tuple[int, int], work: Work) -> None:
     if dots > work.dots:
         raise NotYet(
             f"right, but with {counted(dots, 'call')} of tl.dot, where the visible tiles take {work.dots}: "
-            "skip those that nobody sees, and compute each product once"
+            "skip those that no query sees, and compute each product once"
         )
     if loaded > 1.1 * work.most:
         raise NotYet(
@@ -118,28 +116,11 @@ def _judge_work(seen: tuple[int, int], work: Work) -> None:
         )
 
 
-def _lengths(n_q: int, n_k: int) -> str:
-    return f"{counted(n_q, 'query', 'queries')}, {counted(n_k, 'key')}"
-
-
-def _inputs(n_q: int, n_k: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (torch.randn(n, 16, generator=generator) for n in (n_q, n_k, n_k))
-    return q, k, v
-
-
-def _masked_scores(q: Tensor, k: Tensor, causal: bool, shift: int = 0, scale: float | None = None) -> Tensor:
-    scores = q @ k.T * (q.shape[1] ** -0.5 if scale is None else scale)
-    if causal:
-        hidden = ~torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q) + shift)
-        scores = scores.masked_fill(hidden, -torch.inf)
-    return scores
-
-
 def _exact(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    return _masked_scores(q, k, causal).softmax(-1) @ v
+    return masked_scores(q, k, causal=causal).softmax(-1) @ v
 
 
-def _walk(
+def _loop(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -147,60 +128,27 @@ def _walk(
     *,
     scale: float | None = None,
     shift: int = 0,
-    base: float = math.e,
-    rescale_acc: bool = True,
-    rescale_l: bool = True,
-    padded: bool = False,
-    whole: bool = False,
+    tail: bool = True,
+    **slips: Any,
 ) -> Tensor:
-    """The loop over tiles of keys, with the options that people get wrong."""
-    n_k = len(k)
-    scores = _masked_scores(q, k, causal, shift, scale)
-    if padded:
-        missing = -n_k % BLOCK
-        scores = torch.cat([scores, scores.new_zeros(len(q), missing)], 1)
-        v = torch.cat([v, v.new_zeros(missing, v.shape[1])])
-    if whole:
-        scores, v = scores[:, : n_k // BLOCK * BLOCK], v[: n_k // BLOCK * BLOCK]
-    m, l = q.new_full((len(q), 1), -torch.inf), q.new_zeros(len(q), 1)
-    acc = torch.zeros_like(q)
-    for j in range(0, scores.shape[1], BLOCK):
-        tile = scores[:, j : j + BLOCK]
-        largest = torch.maximum(m, tile.amax(-1, keepdim=True))
-        zero = largest.masked_fill(largest == -torch.inf, 0)
-        p, rescale = base ** (tile - zero), base ** (m - zero)
-        l = (rescale if rescale_l else 1) * l + p.sum(-1, keepdim=True)
-        acc = (rescale if rescale_acc else 1) * acc + p @ v[j : j + BLOCK]
-        m = largest
-    return (acc / l).nan_to_num()
+    """The loop over tiles of keys, with the slips of `online_softmax`."""
+    scores = masked_scores(q, k, causal=causal, scale=scale, shift=shift)
+    stop = len(k) if tail else len(k) // BLOCK * BLOCK
+    return online_softmax(scores[:, :stop], v[:stop], BLOCK, **slips)[0]
 
 
 FORWARD_MISTAKES = [
-    Mistake("there is no mask: key j is seen where j ≤ last", lambda q, k, v, _: _walk(q, k, v, False)),
+    Mistake("there is no mask: key j is seen where j ≤ last", lambda q, k, v, _: _loop(q, k, v, False)),
     Mistake(
         "there is no mask: the tail is loaded as zeros, and a key of zeros has score 0, not −∞",
-        lambda q, k, v, _: _walk(q, k, v, False, padded=True),
+        lambda q, k, v, _: _loop(q, k, v, False, padded=True),
     ),
-    Mistake("your mask is off by one: a query sees its last key too, j ≤ last", lambda *x: _walk(*x, shift=-1)),
-    Mistake("your mask is off by one: each query sees one key too many", lambda *x: _walk(*x, shift=1)),
-    Mistake(
-        "acc is not rescaled: when the largest score rises, what was summed before must shrink, acc as well as l",
-        lambda *x: _walk(*x, rescale_acc=False),
-    ),
-    Mistake(
-        "l is not rescaled: when the largest score rises, what was summed before must shrink, l as well as acc",
-        lambda *x: _walk(*x, rescale_l=False),
-    ),
-    Mistake(
-        "nothing is rescaled: when the largest score rises, l and acc must shrink",
-        lambda *x: _walk(*x, rescale_acc=False, rescale_l=False),
-    ),
-    Mistake("the scale is forgotten: multiply the scores by it", lambda *x: _walk(*x, scale=1.0)),
-    Mistake(
-        "the exponentials are in base 2: multiply the scores by log2(e) first, or use tl.exp",
-        lambda *x: _walk(*x, base=2),
-    ),
-    Mistake("the last keys are missing: the loop runs to stop, the tail included", lambda *x: _walk(*x, whole=True)),
+    Mistake("your mask is off by one: a query sees its last key too, j ≤ last", lambda *x: _loop(*x, shift=-1)),
+    Mistake("your mask is off by one: each query sees one key too many", lambda *x: _loop(*x, shift=1)),
+    *of_rescale(_loop),
+    Mistake("the scale is forgotten: multiply the scores by it", lambda *x: _loop(*x, scale=1.0)),
+    of_base(_loop),
+    Mistake("the last keys are missing: the loop runs to stop, the tail included", lambda *x: _loop(*x, tail=False)),
 ]
 
 
@@ -218,11 +166,11 @@ def _exact_grads(
     dk_of_p: bool = False,
     dp_of: str = "v",
 ) -> tuple[Tensor, Tensor]:
-    """Algorithm 2's formulas for dK and dV, with the options that people get wrong."""
-    right = _masked_scores(q, k, causal)
+    """Algorithm 2's formulas for dK and dV, with slips as options."""
+    right = masked_scores(q, k, causal=causal)
     lse = right.logsumexp(-1, keepdim=True)
     rows = (right - lse).exp() @ v
-    p = (_masked_scores(q, k, causal, shift) - (lse if normalised else 0)).exp()
+    p = (masked_scores(q, k, causal=causal, shift=shift) - (lse if normalised else 0)).exp()
     dp = grad_out @ (v if dp_of == "v" else k).T
     ds = p * (dp - delta * (rows * grad_out).sum(-1, keepdim=True))
     grad_k = (p if dk_of_p else ds).T @ q * (q.shape[1] ** -0.5 if scale is None else scale)
@@ -230,13 +178,12 @@ def _exact_grads(
 
 
 BACKWARD_MISTAKES = [
-    Mistake("δ is forgotten: dS = P ∘ (dP − δ)", lambda *x: _exact_grads(*x, delta=0)),
-    Mistake("δ is added: dS = P ∘ (dP − δ)", lambda *x: _exact_grads(*x, delta=-1)),
+    *of_delta(_exact_grads),
     Mistake("the scale is forgotten: dK = dSᵀ Q · scale", lambda *x: _exact_grads(*x, scale=1.0)),
     Mistake("the scale is there twice: dK = dSᵀ Q · scale", lambda *x: _exact_grads(*x, scale=1 / x[0].shape[1])),
     Mistake(
         "there is no mask: a query before first must not see the key",
-        lambda q, k, v, grad_out, causal: _exact_grads(q, k, v, grad_out, causal, shift=len(k) + len(q)),
+        lambda *x: _exact_grads(*x, shift=EVERY_KEY),
     ),
     Mistake("your mask is off by one: the query at first sees the key", lambda *x: _exact_grads(*x, shift=-1)),
     Mistake("your mask is off by one: the query before first does not see it", lambda *x: _exact_grads(*x, shift=1)),

@@ -1,4 +1,4 @@
-"""The error budget: how far a result may be from float64, given what the naive method gets wrong."""
+"""The error budget: a result may be off by what the naive method gets wrong in the same precision, and little more."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Budget:
-    """The outcome of a comparison: the error, the limit, and in words what else is wrong (empty where nothing)."""
+    """The error that was found, the limit, and a complaint about anything else (empty where there is none)."""
 
     error: float
     limit: float
@@ -71,7 +71,7 @@ def error_budget(
 
 
 def assert_within_budget(ours: Tensor, naive: Tensor, reference: Tensor, **options) -> None:
-    """Raises AssertionError with the figures where `error_budget` says no."""
+    """Raises AssertionError, with error and limit, where the result is over its `error_budget`."""
     budget = error_budget(ours, naive, reference, **options)
     assert budget, str(budget)
 

@@ -1,4 +1,4 @@
-"""How much memory a call allocates: the peak, and apart from it the largest single buffer.
+"""The bytes that a call allocates: the peak, and apart from it the largest single buffer.
 
 An attention that materialises its scores and one that works tile by tile can have peaks that look alike
 on short inputs. The largest single buffer tells them apart: 16 heads x N x N floats, or one tile.
@@ -38,7 +38,7 @@ from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True)
-class MemoryReport:
+class AllocatedBytes:
     """What one call allocated; every size in bytes.
 
     Attributes:
@@ -74,10 +74,10 @@ class MemoryReport:
 
 def measure_memory(
     function: Callable[..., Any], *args: Any, device: torch.device | str | None = None, **kwargs: Any
-) -> MemoryReport:
-    """Call a function and count the memory that it allocates, exactly. The rules are the module's docstring.
+) -> AllocatedBytes:
+    """Calls a function and counts the bytes that it allocates, exactly. The module's docstring has the rules.
 
-    Calls may be nested: the outer report then includes what the inner call allocated.
+    Calls may be nested: the outer count then includes what the inner call allocated.
 
     Args:
         function: called once, as ``function(*args, **kwargs)``. A function that itself takes ``device=``
@@ -86,7 +86,7 @@ def measure_memory(
             the CPU. Say it when the tensors are not arguments but captured by the function.
 
     Returns:
-        A MemoryReport, with the function's result in it.
+        `AllocatedBytes`, with the function's result in it.
 
     Raises:
         TypeError: function is not callable.
@@ -104,7 +104,7 @@ def measure_memory(
     place = _place(device, (args, kwargs))
     with _recording(_recorder(place)) as events:
         result = function(*args, **kwargs)
-    return MemoryReport(result, *_account(events), device=str(place))
+    return AllocatedBytes(result, *_account(events), device=str(place))
 
 
 @contextmanager
@@ -130,7 +130,7 @@ def record_peak(device: torch.device | str = "cpu") -> Iterator[list[int]]:
 
 
 def format_bytes(size: float) -> str:
-    """Write a size for people: binary units (1 MiB = 2**20 bytes), two decimals at most.
+    """A size to be read: binary units (1 MiB = 2**20 bytes), two decimals at most.
 
     Args:
         size: bytes; may be negative, as a difference can be.
@@ -152,7 +152,7 @@ Event = tuple[int, int]  # (address, size in bytes): a positive size was allocat
 
 
 def _account(events: Iterable[Event]) -> tuple[int, int, int, int, int]:
-    """Run through the events in the order of time: a report's numbers, in its order."""
+    """Goes through the events in the order of time; returns the numbers of `AllocatedBytes`, in its order."""
     live: dict[int, int] = {}
     now = peak = largest = largest_freed = allocations = 0
     for address, size in events:
@@ -192,7 +192,7 @@ class _Recorder(Protocol):
 
 @contextmanager
 def _recording(recorder: _Recorder) -> Iterator[list[Event]]:
-    """Record into a list that is complete at the exit; whoever measures outside gets the same events too.
+    """Records into a list that is complete at the exit; a measurement around this one gets the same events too.
 
     A recording cannot be read while it runs, so it is cut where a measurement begins and where one ends.
     """
@@ -231,7 +231,7 @@ class _CpuRecorder:
         self._profile = profile(profile_memory=True)
         with _standard_error_shut():
             self._profile.__enter__()
-            # The allocator complains, once, when a buffer older than the profile is freed. Let it be here.
+            # The allocator warns once, when a buffer older than the profile is freed: here, where stderr is shut.
             del older
 
     def stop(self) -> list[Event]:
@@ -255,7 +255,7 @@ def _allocations(nodes: Iterable[Any]) -> Iterator[tuple[int, Any]]:
 
 @contextmanager
 def _standard_error_shut() -> Iterator[None]:
-    """Keep the profiler's dated lines ("USDT:2026-…") out of a lesson's output: C++ writes them to descriptor 2."""
+    """Keeps the profiler's dated lines ("USDT:2026-…") out of a lesson's output: C++ writes them to descriptor 2."""
     sys.stderr.flush()
     saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -293,7 +293,7 @@ class _CudaRecorder:
 
 
 def _history_events(history: Iterable[dict[str, Any]]) -> list[Event]:
-    """Of a CUDA allocator's history, the buffers handed out and given back (not its segments, nor snapshots)."""
+    """The allocations and releases of buffers in a CUDA allocator's history, without its segments and snapshots."""
     sign = {"alloc": 1, "free_requested": -1}
     return [(entry["addr"], sign[entry["action"]] * entry["size"]) for entry in history if entry["action"] in sign]
 

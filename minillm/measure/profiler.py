@@ -1,10 +1,10 @@
 """Where the time and the memory of a generation go, phase by phase, and what the figures suggest.
 
-    with profile() as report:
+    with profile() as measured:
         generator.generate(prompt_ids)
-    print(report)
+    print(measured)
 
-The code that is watched names its phases: `with phase("decode", tokens=1, reads=lambda: Reads(…)):`. Outside `profile`
+The code that is measured names its phases: `with phase("decode", tokens=1, reads=lambda: Reads(…)):`. Outside `profile`
 that costs about a microsecond.
 """
 
@@ -24,7 +24,7 @@ from minillm.measure.memory import format_bytes, record_peak
 
 
 class Reads(NamedTuple):
-    """The bytes that a call cannot do without: weights, and what it reads of the cache."""
+    """The bytes that a call reads at least: weights, and its part of the cache."""
 
     weights: int
     cache: int = 0
@@ -36,7 +36,7 @@ class Phase:
 
     Attributes:
         tokens: new tokens, all calls and rows together.
-        reads: of each call, the bytes that it cannot do without.
+        reads: of each call, the bytes that it reads at least.
         seconds: of each call; empty without `log_latency`.
         peak_bytes: the most that a call allocated at one time, beyond what was there; 0 without `log_memory`.
     """
@@ -57,7 +57,7 @@ class Phase:
 
 
 class Profile:
-    """The report of `profile`: phases by name, and suggestions.
+    """What `profile` measured: phases by name, and suggestions.
 
     Args:
         log_latency, log_memory: what to measure.
@@ -69,7 +69,7 @@ class Profile:
         self.phases: dict[str, Phase] = {}
 
     def suggestions(self, bandwidth: float | None = None) -> list[str]:
-        """What the figures call for; empty where nothing was timed.
+        """Suggestions that follow from the figures; empty where nothing was timed.
 
         Args:
             bandwidth: bytes/s at which this machine reads as much as a decode step does; left out, it is measured
@@ -114,7 +114,7 @@ class Profile:
 
     def _now(self) -> float:
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # a kernel that was started is not a kernel that has run
+            torch.cuda.synchronize(self.device)  # a launch returns before its kernel has run
         return time.perf_counter()
 
 
@@ -140,10 +140,10 @@ def profile(
         >>> report.phases["decode"].tokens, report.phases["decode"].reads
         (1, [Reads(weights=4000000, cache=0)])
     """
-    report = Profile(log_latency, log_memory, device)
-    token = _current.set(report)
+    measured = Profile(log_latency, log_memory, device)
+    token = _current.set(measured)
     try:
-        yield report
+        yield measured
     finally:
         _current.reset(token)
 
@@ -156,14 +156,14 @@ def phase(name: str, tokens: int, reads: Callable[[], Reads]) -> AbstractContext
         tokens: new tokens that it takes in.
         reads: gives the bytes that it reads at least; called only where a profile is on.
     """
-    report = _current.get()
-    return _NOTHING if report is None else report._measure(name, tokens, reads())
+    current = _current.get()
+    return _NOTHING if current is None else current._measure(name, tokens, reads())
 
 
 def read_bandwidth(nbytes: int, device: torch.device | str = "cpu") -> float:
     """How fast this machine reads so many bytes again and again, in bytes/s: the best of many sums over them.
 
-    As many as the watched code reads: what fits the processor's cache comes from there, many times as fast as the rest.
+    As many bytes as the measured code reads: what fits the processor's cache is read from there, many times as fast.
     """
     numbers = torch.ones(max(1, nbytes // 4), device=device)
     clock = Profile(True, False, device)

@@ -9,8 +9,8 @@ import torch
 from allpairspy import AllPairs
 from torch import Tensor
 
-from course.lesson import error_budget
 from minillm.attention import naive_attention
+from minillm.measure import error_budget
 
 HEADDIMS = (32, 40, 59, 64, 96, 111, 128, 160, 192, 224, 256)
 SEQLENS = ((113, 203), (128, 217), (113, 211), (108, 256), (256, 512), (512, 256))

@@ -6,7 +6,6 @@ from functools import partial
 import pytest
 import torch
 
-from course.lesson import assert_within_budget
 from kernels.runtime import prepare
 from minillm.attention import (
     attention,
@@ -18,6 +17,7 @@ from minillm.attention import (
     online_softmax_attention,
 )
 from minillm.attention.keys import as_ragged
+from minillm.measure import assert_within_budget
 from tests.attention.grid import Judge, random_qkv
 
 WITH_LSE = [naive_attention, online_softmax_attention, flash_attention]

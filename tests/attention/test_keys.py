@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from course.lesson import assert_within_budget
 from kernels.runtime import prepare
 from minillm.attention import Keys, attend, backends, naive_attention
 from minillm.attention.keys import Options, cu_seqlens_of
+from minillm.measure import assert_within_budget
 
 BACKENDS = ["auto", "naive", "tiled", "sdpa", *(["triton"] if prepare().name == "interpreter" else [])]
 LENGTHS_K = [5, 0, 130, 16]

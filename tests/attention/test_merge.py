@@ -4,9 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from course.lesson import assert_within_budget
 from minillm.attention import merge_state, naive_attention
 from minillm.attention.online import OnlineSoftmax
+from minillm.measure import assert_within_budget
 from tests.attention.grid import random_qkv
 
 QUERY = random_qkv((3, 1), (2, 2), 4, torch.float64)[0]

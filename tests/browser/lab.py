@@ -11,12 +11,12 @@ from urllib.parse import urlsplit
 
 from playwright.sync_api import BrowserContext, ConsoleMessage, Locator, TimeoutError
 
-from course.run_tests import CELL_TIMEOUT
+from tools.run_tests import CELL_TIMEOUT
 
 LOOPBACK = {"127.0.0.1", "localhost", "::1", None}  # None: data: and blob:, which no wire carries
 NOTEBOOK_TIMEOUT = 300  # seconds; a lesson should take under 60
 QUIET = 5  # seconds without a running cell: after an error JupyterLab runs no more
-REACTION = 20  # seconds that a picture may take to follow its control, on a busy machine
+REACTION = 60  # seconds that a picture may take to follow its control, on a busy machine
 EDGE = 2  # pixels: a width is rounded
 
 # textContent, because the innerText of what is not in view may be empty.
@@ -167,7 +167,7 @@ class Notebook:
         return self.panel.locator(".jp-OutputArea-output img").all()
 
     def without_alt_text(self) -> list[str]:
-        """The pictures that say nothing to who cannot see them. (The words of a widget stand under its picture.)"""
+        """The pictures without alt text. (The text of a widget is under its picture.)"""
         pictures = [
             picture for picture in self.pictures() if "widget-image" not in (picture.get_attribute("class") or "")
         ]
@@ -220,14 +220,14 @@ FOCUSABLE = ".noUi-handle, input, button"
 
 
 class Widget:
-    """A widget's output: controls, and the picture and words that follow them."""
+    """A widget's output: controls, and the picture and text that follow them."""
 
     def __init__(self, output: Locator):
         self.output = output
         self.controls = output.locator(CONTROL).all()
 
     def look(self) -> str:
-        """Its words and the pixels of its pictures, as one text to compare."""
+        """Its text and the pixels of its pictures, as one string to compare."""
         return self.output.evaluate(LOOK)
 
     def changes_with(self, act: Callable[[Locator], None], control: Locator) -> None:

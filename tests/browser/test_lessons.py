@@ -5,8 +5,8 @@ import json
 import pytest
 
 from course.doctor import lesson_notebooks
-from course.run_tests import ROOT
 from tests.browser.lab import FOCUSABLE
+from tools.run_tests import ROOT
 
 # Later lessons run longer: begun first, two processes end at about the same time.
 LESSONS = [path.relative_to(ROOT) for path in reversed(lesson_notebooks())]

@@ -13,9 +13,9 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from course.lesson import assert_within_budget
 from minillm.cache import KVCache
 from minillm.decode import Decoder
+from minillm.measure import assert_within_budget
 from minillm.model import MiniLLM
 from tests.cache.models import BACKENDS, random_model
 from tests.cache.test_same_logits import pad

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from course.lesson import assert_within_budget
 from minillm.cache import KVCache
 from minillm.decode import Decoder, quantise
+from minillm.measure import assert_within_budget
 from minillm.model import SelfAttention
 from tests.cache.models import BACKENDS, random_ids, random_model, uncached
 

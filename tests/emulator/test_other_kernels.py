@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from course.lesson import assert_within_budget
 from kernels.emulator import Deadlock, emulate
+from minillm.measure import assert_within_budget
 from tests.emulator.kernels import copy, copy_kernel, double_kernel, gemm, gemm_kernel, specialized_gemm_kernel
 
 TYPES = [torch.float16, torch.bfloat16, torch.float8_e4m3fn]

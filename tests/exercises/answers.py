@@ -14,7 +14,7 @@ from types import ModuleType
 import nbformat
 import torch
 
-from course.run_tests import ROOT
+from tools.run_tests import ROOT
 from course.tasks import TASKS, Task
 
 REFERENCE = "reference"

@@ -47,7 +47,7 @@ WRONG = [
     slip("s - lse_rows[:, None]", "s", name="not normalised", told="P is not normalised"),
     slip("tl.trans(ds), q_tile", "tl.trans(p), q_tile", name="dK of P", told="dK is made of P"),
     slip("tl.trans(v_tile)", "tl.trans(k_tile)", name="dP of K", told="dP is made of K"),
-    slip("range(begin, n_q", "range(0, n_q", name="hidden tiles too", told="skip those that nobody sees"),
+    slip("range(begin, n_q", "range(0, n_q", name="hidden tiles too", told="skip those that no query sees"),
     slip("do = tl.load", "q_tile = tl.load(q + places, mask=rows[:, None] < n_q, other=0.0)\n        do = tl.load",
          name="q loaded twice", told="load each once"),
     slip("@triton.jit", "", name="no Triton function", told="keep the line @triton.jit"),

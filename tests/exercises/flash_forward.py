@@ -67,7 +67,7 @@ def naive_from_copies(q, k, v, out, block_q, block_k):
 
 
 def naive_with_idle_loads(q, k, v, out, block_q, block_k):
-    """The same, and then as many loads as the tiles would have taken, whose result nobody uses."""
+    """The same, and then as many unused loads as the tiles would have taken."""
     naive_from_copies(q, k, v, out, block_q, block_k)
     for i in range(block_q, q.shape[0], block_q):
         for j in range(0, i, block_k):

@@ -84,7 +84,7 @@ WRONG = [
         told="the last keys are missing",
     ),
     slip("return acc, m, l", "return acc, m", name="two results", told="not enough values to unpack"),
-    slip("range(0, stop, BLOCK)", "range(0, n_k, BLOCK)", name="hidden tiles too", told="skip those that nobody sees"),
+    slip("range(0, stop, BLOCK)", "range(0, n_k, BLOCK)", name="hidden tiles too", told="skip those that no query sees"),
     slip("load(v, j, n_k, D, BLOCK),", "load(v, j, n_k, D, BLOCK) + 0 * load(v, j, n_k, D, BLOCK),", name="v loaded twice",
          told="load each once"),
     slip("@triton.jit\ndef forward_loop", "def forward_loop", name="no Triton function", told="keep the line @triton.jit"),

@@ -5,7 +5,7 @@ from contextlib import redirect_stdout
 
 import pytest
 
-from course.run_tests import ROOT
+from tools.run_tests import ROOT
 from course.tasks import TASKS, NotYet, check, fresh_inputs
 from course.tasks.task import run
 from tests.exercises.answers import right_answers, tasks_with_answers, graded_cells, wrong_answers

@@ -10,11 +10,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from course.run_tests import ROOT, notebooks
 from course.tasks import TASKS
-from course.tasks.release import RELEASE, SOURCE, release
+from grading import ROOT
+from grading.release import RELEASE, SOURCE, notebooks, release
 
-UNITS = [path.parts[1] for path in notebooks(ROOT, [SOURCE])]
+UNITS = [path.stem for path in notebooks(ROOT / SOURCE)]
 EVERY = pytest.mark.parametrize("unit", UNITS)
 TAG = {"tags": ["raises-exception"]}
 
@@ -29,7 +29,7 @@ def released(unit):
 
 def test_there_is_a_unit_for_each_task_and_an_exercise_for_each_unit():
     assert set(UNITS) == {task.unit for task in TASKS.values()}
-    assert [path.parts[1] for path in notebooks(ROOT, [RELEASE])] == UNITS
+    assert [path.stem for path in notebooks(ROOT / RELEASE)] == UNITS
 
 
 @EVERY

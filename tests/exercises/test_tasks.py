@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 import course
-from course.run_tests import ROOT
+from tools.run_tests import ROOT
 from course.tasks import TASKS, NotYet, check, fresh_inputs
 from course.tasks.task import Case, run
 from tests.exercises.answers import answer_cell, right_answers, solution, graded_cells
@@ -93,8 +93,8 @@ def test_a_task_says_what_is_graded_and_has_three_folded_hints(task):
 
 
 def test_a_right_answer_is_told_so_case_by_case(merge):
-    report = str(check(merge))
-    assert report.startswith("merge: right\n") and "  ✓ both parts are empty" in report
+    told = str(check(merge))
+    assert told.startswith("merge: right\n") and "  ✓ both parts are empty" in told
 
 
 def test_one_part_is_checked_alone(merge):

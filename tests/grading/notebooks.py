@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from course.grading.unit import Unit, find_units
+from grading.unit import Unit, find_units
 
 needs_bubblewrap = pytest.mark.skipif(
     shutil.which("bwrap") is None, reason="not verified: the sandbox, for bubblewrap is not installed"
 )
 
 FUNCTION = "gqa_attention"
-POINTS = 6  # of its tests; its question in words has more
+POINTS = 6  # of its tests; its question in text has more
 
 RIGHT = """def gqa_attention(q, k, v):
     group = q.shape[2] // k.shape[2]
@@ -32,7 +32,7 @@ WRONG = "def gqa_attention(q, k, v):\n    return q\n"
 
 @cache
 def unit(name: str = "01") -> Unit:
-    """The unit whose name begins so."""
+    """The unit whose name begins with `name`."""
     (found,) = find_units(only=name)
     return found
 
@@ -55,7 +55,7 @@ def handed_in(
 
 
 def code(source: str) -> dict[str, Any]:
-    """A code cell that somebody added."""
+    """A code cell without metadata, as one that was added."""
     return {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None, "source": source}
 
 

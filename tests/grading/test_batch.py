@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from course.grading import __main__ as command
-from course.grading import batch, gradebook, report, sandbox
-from course.grading.__main__ import DONE, REFUSED, SOME_NOT, STOPPED, main
-from course.grading.feedback import annotated, to_html
-from course.grading.grade import Result, Verdict
-from course.grading.sandbox import SandboxError
-from course.grading.submission import shown, text_answer, to_run
-from course.grading.unit import find_units
+from grading import __main__ as command
+from grading import batch, bubblewrap, gradebook, output
+from grading.__main__ import DONE, REFUSED, SOME_NOT, STOPPED, main
+from grading.bubblewrap import SandboxError
+from grading.feedback import annotated, to_html
+from grading.grade import Result, Verdict
+from grading.submission import shown, text_answer, to_run
+from grading.unit import find_units
 from tests.grading.notebooks import POINTS, RIGHT, grade_id, handed_in, save, unit
 
 WORDS = "Each key is read once."
@@ -44,12 +44,12 @@ class Course:
         self.graded.clear()
         return main([str(self.submitted), "--unit", "01", "--grades", str(self.grades), *options])
 
-    def in_processes(self, jobs, *_):
-        for job in jobs:
+    def in_processes(self, todo, *_):
+        for one in todo:
             if len(self.graded) >= self.stop_after:
                 raise KeyboardInterrupt
-            self.graded.append(job.slug)
-            yield batch._failed(job, "of a test") if job.slug in self.fails else content(job)
+            self.graded.append(one.slug)
+            yield batch._failed(one, "of a test") if one.slug in self.fails else content(one)
 
     def rows(self) -> dict[str, dict[str, str]]:
         with open(self.grades / "grades.csv", encoding="utf-8", newline="") as file:
@@ -62,19 +62,19 @@ class Course:
         return gradebook._open(self.grades / "nbgrader" / "gradebook.db")
 
 
-def content(job: batch.Job) -> Result:
-    result = job.empty()
-    result.remarks = list(job.submission.remarks)
-    if file := job.submission.file:
+def content(one: batch.StudentUnit) -> Result:
+    result = one.empty()
+    result.remarks = list(one.submission.remarks)
+    if file := one.submission.file:
         result.state, result.date, result.file = "graded", "2026-01-01T00:00:00+00:00", file.name
         result.cells = [
             {"number": cell.number, "source": cell.source, "error": None, "output": "printed\n"}
-            for cell in to_run(file, job.unit)
+            for cell in to_run(file, one.unit)
         ]
-        result.answers = {text.grade_id: text_answer(file, text, job.unit) for text in job.unit.texts}
+        result.answers = {text.grade_id: text_answer(file, text, one.unit) for text in one.unit.texts}
     number = result.cells[0]["number"] if result.cells else None
-    result.verdicts = [Verdict(test.grade_id, test.points, test.points, "right", number) for test in job.unit.tests]
-    for text in job.unit.texts:
+    result.verdicts = [Verdict(test.grade_id, test.points, test.points, "right", number) for test in one.unit.tests]
+    for text in one.unit.texts:
         result.verdicts.append(
             Verdict(text.grade_id, None if result.answers.get(text.grade_id) else 0, text.points, "")
         )
@@ -89,8 +89,8 @@ def course(tmp_path, monkeypatch) -> Course:
     monkeypatch.setenv("MINILLM_PROGRESS", str(tmp_path / "progress.json"))
     # nbgrader starts a program that tells this, for seconds, with each new gradebook.
     monkeypatch.setattr("nbgrader.api.get_alembic_version", lambda: "for a test")
-    page_of = report.to_html  # a third of a second each: only a person's comment is looked for in one
-    monkeypatch.setattr(report, "to_html", lambda page, result: page_of(page, result) if result.comments else "")
+    page_of = output.to_html  # a third of a second each: only a person's comment is looked for in one
+    monkeypatch.setattr(output, "to_html", lambda page, result: page_of(page, result) if result.comments else "")
     return course
 
 
@@ -121,8 +121,8 @@ def test_another_triton_is_another_grader(monkeypatch):
 
 
 def test_a_sandbox_asks_for_no_more_than_its_grader_may_have(monkeypatch):
-    monkeypatch.setattr(sandbox.resource, "getrlimit", lambda _: (1 << 33, 1 << 33))
-    assert f"--as={1 << 33}" in sandbox._prlimit(sandbox.Limits())
+    monkeypatch.setattr(bubblewrap.resource, "getrlimit", lambda _: (1 << 33, 1 << 33))
+    assert f"--as={1 << 33}" in bubblewrap.prlimit(bubblewrap.Limits())
 
 
 def test_see_remarks_means_that_something_could_not_be_read(course, capsys):
@@ -280,7 +280,7 @@ def test_what_cannot_be_done_is_refused_with_the_cure(course, monkeypatch, capsy
     options = ["--unit", "99"]
     if case == "no bubblewrap":
         said, options = "sudo apt install bubblewrap", []
-        monkeypatch.setattr(command, "find_bubblewrap", sandbox.find_bubblewrap)
+        monkeypatch.setattr(command, "find_bubblewrap", bubblewrap.find_bubblewrap)
         monkeypatch.setenv("PATH", "/nowhere")
     if case == "no folder":
         said, options, course.submitted = "No such file", [], course.submitted / "not" / "here"
@@ -300,8 +300,8 @@ def test_without_a_sandbox_nothing_runs_unless_it_is_said(course, monkeypatch):
     assert course.grade("--unsafe-no-sandbox") == DONE and course.graded == ["ann"]
 
 
-class Deadly(batch.Job):
-    """A job that ends the process which grades it."""
+class Deadly(batch.StudentUnit):
+    """One that ends the process which grades it."""
 
     def empty(self) -> Result:
         if os.getpid() != int(self.key):
@@ -309,10 +309,13 @@ class Deadly(batch.Job):
         return super().empty()
 
 
-def test_a_grader_process_that_dies_costs_only_its_own_job(tmp_path):
+def test_a_grader_process_that_dies_costs_only_the_unit_that_it_graded(tmp_path):
     nothing = batch.choose(batch.Student("ann", "ann"), [unit()])[unit().name]
-    jobs = [Deadly("bob", "bob", unit(), nothing, str(os.getpid())), batch.Job("ann", "ann", unit(), nothing, "")]
-    results = {result.slug: result for result in batch.run(jobs, tmp_path, 1, batch.Manner())}
+    todo = [
+        Deadly("bob", "bob", unit(), nothing, str(os.getpid())),
+        batch.StudentUnit("ann", "ann", unit(), nothing, ""),
+    ]
+    results = {result.slug: result for result in batch.run(todo, tmp_path, 1, batch.Manner())}
     assert (results["ann"].state, results["bob"].state) == ("missing", "failed")
     assert "ended from outside" in results["bob"].remarks[-1]
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from course.grading.protocol import DTYPES, MAX_BYTES, Channel, NotAValue, ProtocolError, decode, encode
+from grading.protocol import DTYPES, MAX_BYTES, Channel, NotAValue, ProtocolError, decode, encode
 
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-(2**63), 2**63 - 1), st.floats(), st.text(max_size=20))
 TREES = st.recursive(SCALARS, lambda x: st.one_of(st.lists(x, max_size=3), st.tuples(x, x)), max_leaves=12)

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from course.grading.remote import AnswerLost, AnswerRaised, NotAnswered, Patience, RemoteFunction, StudentProcess
+from grading.remote import AnswerLost, AnswerRaised, NotAnswered, Patience, RemoteFunction, StudentProcess
 from minillm.measure.traffic import Traffic
 from tests.grading.notebooks import needs_bubblewrap
 
 pytestmark = needs_bubblewrap
 
 MIB = 1 << 20
-SECONDS = 3
+SECONDS = 3  # that a call which hangs is waited for
+PATIENCE = Patience(60)  # for all others: a busy machine takes longer
+HANGS = 100
 
 TILED = """
 def double_tiles(x, y, rows):
@@ -32,7 +34,7 @@ CELLS = [
     "def beyond(x):\n    try:\n        x.load(1000)\n    except IndexError as error:\n        return str(error)",
     "def divide(x):\n    y = 0\n    return x / 0 if y else 1 / y",
     "def leave(x):\n    raise SystemExit(3)",
-    "def hang(x):\n    time.sleep(100)",
+    f"def hang(x):\n    time.sleep({HANGS})",
     "def write(x):\n    open('file', 'w').write('x' * 10_000)",
     "def start(x):\n    threading.Thread(target=print).start()",
     "def changes(x):\n    x.zero_()\n    return x",
@@ -44,7 +46,7 @@ NAMES = ["double_tiles", "add", "allocate", "beyond", "divide", "leave", "hang",
 
 @pytest.fixture(scope="module")
 def student() -> Iterator[StudentProcess]:
-    with StudentProcess(list(enumerate(CELLS)), [*NAMES, "absent", "thousands"], Patience(SECONDS)) as student:
+    with StudentProcess(list(enumerate(CELLS)), [*NAMES, "absent", "thousands"], PATIENCE) as student:
         student.run()
         yield student
         assert not student._lost
@@ -117,8 +119,8 @@ def test_what_a_function_raises_is_told_with_its_line(student, name, words):
 
 
 def test_what_a_cell_printed_and_raised_is_kept(student):
-    (outcome,) = [outcome for outcome in student.outcomes if outcome.output]
-    assert (outcome.output, outcome.error) == ("some words\n", "ZeroDivisionError: division by zero (cell 12, line 2)")
+    (run,) = [run for run in student.cell_runs if run.output]
+    assert (run.output, run.error) == ("some words\n", "ZeroDivisionError: division by zero (cell 12, line 2)")
 
 
 def test_more_threads_are_no_mistake(student):
@@ -130,12 +132,13 @@ def test_a_function_that_is_not_there_is_named(student):
         function(student, "absent")()
 
 
-def test_an_answer_that_hangs_costs_its_own_time_and_no_other_answer(student):
+def test_an_answer_that_hangs_costs_its_own_time_and_no_other_answer(student, monkeypatch):
     hang, add = function(student, "hang"), function(student, "add")
     start = time.monotonic()
-    with pytest.raises(AnswerLost, match=f"`hang` did not end within {SECONDS} s"):
+    with monkeypatch.context() as patch, pytest.raises(AnswerLost, match=f"`hang` did not end within {SECONDS} s"):
+        patch.setattr(student, "patience", Patience(SECONDS))
         hang(1)
-    assert SECONDS <= time.monotonic() - start < 2 * SECONDS
+    assert SECONDS <= time.monotonic() - start < HANGS / 2  # the process is ended too, on a busy machine in seconds
     with pytest.raises(AnswerLost):
         add(torch.ones(1))  # the same test does not wait again
     student.revive()

@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from course.grading import report
-from course.grading.__main__ import DONE, main
-from course.grading.submission import (
+from grading import output
+from grading.__main__ import DONE, main
+from grading.submission import (
     MAX_ENTRIES,
     MAX_FILE,
     Submission,
@@ -25,7 +25,7 @@ from course.grading.submission import (
     text_answer,
     to_run,
 )
-from course.grading.unit import find_units
+from grading.unit import find_units
 from tests.grading.notebooks import (
     FUNCTION,
     POINTS,
@@ -104,8 +104,8 @@ def test_a_right_answer_keeps_its_points_however_the_notebook_comes_back(tmp_pat
     submitted, grades = tmp_path / "submitted", tmp_path / "grades"
     for name, (notebook, _) in RETURNED.items():
         save(notebook(), submitted / name / "homework (1).ipynb")
-    monkeypatch.setattr(report, "to_html", lambda *_: "")
-    assert main([str(submitted), "--unit", "01", "--grades", str(grades), "--jobs", "1"]) == DONE
+    monkeypatch.setattr(output, "to_html", lambda *_: "")
+    assert main([str(submitted), "--unit", "01", "--grades", str(grades), "--seconds", "60", "--jobs", "1"]) == DONE
     results = read_results(grades)
     table = Table("came back", "points", title="Notebooks as they come back")
     for name in RETURNED:
@@ -113,7 +113,7 @@ def test_a_right_answer_keeps_its_points_however_the_notebook_comes_back(tmp_pat
     Console(width=100).print(table)
     assert {name: points(results[name]) for name in RETURNED} == {name: worth for name, (_, worth) in RETURNED.items()}
     assert "SyntaxError: Missing parentheses" in everything_said(results["an answer in Python 2"])
-    assert "(cell 5, line 7)" in results["an answer in Python 2"]["verdicts"][0]["words"]
+    assert "(cell 5, line 7)" in results["an answer in Python 2"]["verdicts"][0]["message"]
     assert "no cell defines a function" in everything_said(results["a name that is not the task's"])
 
 
@@ -215,10 +215,10 @@ def test_folders_count_among_the_entries_and_those_that_cannot_be_read_are_named
 
 def test_a_cell_that_takes_long_to_parse_does_not_hold_up_the_class(tmp_path):
     save(handed_in(RIGHT, before=['f"' + "{a}" * 60_000 + '"']), tmp_path / "student" / "unit.ipynb")
-    start = time.monotonic()
+    start = time.process_time()  # parsing is done here: another process's load does not count
     submission = chosen(tmp_path)
     assert submission.file and len(to_run(submission.file, unit())) == 2
-    assert time.monotonic() - start < 5  # it was 18 on a quiet machine
+    assert time.process_time() - start < 5  # it was 18
 
 
 def test_a_students_name_is_harmless_as_a_path_and_on_a_screen(tmp_path):

@@ -5,9 +5,9 @@ import time
 import pytest
 import torch
 
-from course.lesson import assert_within_budget
 from kernels.hopper.launch import RUNGS, attention, launch_of
 from minillm.attention import naive_attention
+from minillm.measure import assert_within_budget
 from tests.attention.grid import random_qkv
 
 SIZES = [  # (seqlen_q, seqlen_k), (nheads, nheads_k), headdim

@@ -5,11 +5,10 @@ import random
 import pytest
 import torch
 
-from course.lesson import assert_within_budget
 from minillm.attention import flash_attention, naive_attention
 from minillm.attention.masks import Visibility, tiles
 from minillm.attention.tiled import Tiling, tiled_forward, tiled_forward_keys_first
-from minillm.measure import Counted, count_operators, count_traffic
+from minillm.measure import Counted, assert_within_budget, count_operators, count_traffic
 from tests.attention.grid import random_qkv
 
 

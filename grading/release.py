@@ -1,6 +1,6 @@
 """`make exercises`: the student's notebooks, made from `solutions/` with nbgrader's own steps.
 
-The same as `nbgrader generate_assignment --no-db` makes, and a tag more: a check that says «not yet» does not stop
+The same as `nbgrader generate_assignment --no-db` makes, and a tag more: a check that says "not yet" does not stop
 Run All. Needs nbgrader, as instructors and contributors have it.
 """
 
@@ -12,21 +12,26 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-from course.run_tests import ROOT, notebooks
+from grading import ROOT
 
 SOURCE, RELEASE = "solutions", "exercises"
 
 
 def main() -> None:
-    made = {path: release(nbformat.read(ROOT / path, as_version=4)) for path in notebooks(ROOT, [SOURCE])}
-    for old in notebooks(ROOT, [RELEASE]):
-        if Path(SOURCE, *old.parts[1:]) not in made:
-            shutil.rmtree(ROOT / old.parent)  # its solution is gone
-    for path, notebook in made.items():
-        target = ROOT / RELEASE / Path(*path.parts[1:])
+    made = {path.name: release(nbformat.read(path, as_version=4)) for path in notebooks(ROOT / SOURCE)}
+    for path in notebooks(ROOT / RELEASE):
+        if path.name not in made:
+            shutil.rmtree(path.parent)  # its solution is gone
+    for name, notebook in made.items():
+        target = ROOT / RELEASE / Path(name).stem / name
         target.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(notebook, target)
         print(target.relative_to(ROOT))
+
+
+def notebooks(folder: Path) -> list[Path]:
+    """The notebooks of the units in a folder: unit.ipynb in a folder unit, for each."""
+    return sorted(path for path in folder.glob("*/*.ipynb") if path.parent.name == path.stem)
 
 
 def release(notebook: NotebookNode) -> NotebookNode:

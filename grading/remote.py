@@ -1,28 +1,25 @@
-"""A function in a student's process, as the grader calls it: arguments go out, and what comes back is only bytes."""
+"""Calls functions in a student's process: sends the arguments, and decodes the bytes that come back."""
 
 from __future__ import annotations
 
-import itertools
 import re
 import time
 import unicodedata
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from torch import Tensor
+from grading.bubblewrap import Limits, SandboxError
+from grading.hbm import TileServer, handle
+from grading.protocol import Channel, ProtocolError, decode, encode
+from grading.sandbox import Sandbox
+from minillm.measure import Counted
 
-from course.grading.protocol import Channel, ProtocolError, decode, encode
-from course.grading.sandbox import Limits, Sandbox, SandboxError
-from minillm.measure.traffic import Counted
-
-START_SECONDS = 60  # to import torch
-MAX_LOADS = 100_000  # loads and stores in a call
-MAX_HELD = 512 << 20  # bytes of tiles that a function holds at a time
+START_SECONDS = 120  # to import torch, on a busy machine
 OWN_MEMORY = 48 << 20  # what a notebook's imports may take before it counts: matplotlib takes 34
 
 
 class AnswerError(Exception):
-    """The student's function gave no result; says why in words for the student."""
+    """The student's function gave no result; the message says why, for the student."""
 
 
 class NotAnswered(AnswerError):
@@ -34,12 +31,12 @@ class AnswerRaised(AnswerError):
 
 
 class AnswerLost(AnswerError):
-    """The student's process is gone: the function took too long, ended it, or broke off the talk."""
+    """The student's process has ended: the function took too long, exited, or sent an invalid message."""
 
 
 @dataclass(frozen=True)
 class Patience:
-    """Seconds that the grader waits: for a call of a student's function, and from that for the rest."""
+    """Seconds that the grader waits for a call of a student's function, and the limits that follow from it."""
 
     call: float = 20
 
@@ -50,13 +47,13 @@ class Patience:
 
     @property
     def unit(self) -> float:
-        """For everything."""
+        """For everything but the start of the sandbox."""
         return 9 * self.call
 
 
 @dataclass
-class Outcome:
-    """What became of a cell: its error (None where there was none) and what it printed, in the student's words."""
+class CellRun:
+    """A cell that was run: its error (None where it raised none), and what it printed."""
 
     number: int
     error: str | None
@@ -79,7 +76,7 @@ class StudentProcess:
     unsafe: bool = False
 
     def __post_init__(self) -> None:
-        self.outcomes: list[Outcome] = []
+        self.cell_runs: list[CellRun] = []
         self.candidates: dict[str, list[int]] = {name: [] for name in self.wanted}
         self._deadline = time.monotonic() + self.patience.unit
         self._sandbox: Sandbox | None = None
@@ -113,29 +110,31 @@ class StudentProcess:
             raise AnswerLost(self._lost)
         if self._sandbox:
             return
+        start = time.monotonic()
         self._sandbox = Sandbox(Limits(cpu_seconds=int(2 * self.patience.unit) + 1), self.unsafe)
         self._channel = Channel(self._sandbox.connection)
         try:
             self._channel.receive(START_SECONDS)
         except (OSError, ProtocolError) as error:
-            words = self._sandbox.first_words.decode(errors="replace").strip()
+            output = self._sandbox.first_output.decode(errors="replace").strip()
             self.close()
-            raise SandboxError(f"the sandbox did not start: {words or error}") from None
+            raise SandboxError(f"the sandbox did not start: {output or error}") from None
         self._sandbox.trust_now()
+        self._deadline += time.monotonic() - start  # none of it is the student's time
         self._at_start = self._sandbox.memory()[0]
         message = {"cells": [{"number": n, "source": s} for n, s in self.cells], "wanted": self.wanted}
         try:
             reply, _ = self._exchange(message, [], self.patience.cells, "the notebook's cells")
-            self._read_outcomes(reply)
+            self._read_runs(reply)
         except AnswerLost:
             self._never = True
             raise
-        self._sandbox.close_the_doors()
+        self._sandbox.freeze()
 
     def why_not(self, name: str) -> str:
         """Why there is no such function."""
         for number, source in self.cells:
-            error = next((outcome.error for outcome in self.outcomes if outcome.number == number), None)
+            error = next((run.error for run in self.cell_runs if run.number == number), None)
             if error and re.search(rf"\b{name}\b", source):
                 return f"`{name}` is not there, for its cell raised {error}"
         return f"not answered: no cell defines a function `{name}`"
@@ -159,7 +158,7 @@ class StudentProcess:
         self.run()
         assert self._sandbox is not None
         counted: list[Counted] = []
-        tree, blobs = encode([arguments, list(named.items())], lambda value: _handle(value, counted))
+        tree, blobs = encode([arguments, list(named.items())], lambda value: handle(value, counted))
         before = self._sandbox.memory()[0]
         if memory:
             self._sandbox.reset_peak()
@@ -168,7 +167,7 @@ class StudentProcess:
         sent = sum(blob.nbytes for blob in blobs)
         peak = self._sandbox.memory()[1] if memory else 0
         if "raised" in reply:
-            raise AnswerRaised(_in_words(reply["raised"]))
+            raise AnswerRaised(_as_text(reply["raised"]))
         if "refused" in reply:
             raise AnswerRaised(f"`{name}` returned {plain(reply['refused'], 100)}: tensors and numbers can be graded")
         try:
@@ -185,7 +184,7 @@ class StudentProcess:
         deadline = time.monotonic() + min(seconds, left)
         try:
             self._channel.send(message, blobs, deadline - time.monotonic())
-            server = _Server(counted or [])
+            server = TileServer(counted or [])
             while True:
                 reply, blob = self._channel.receive(deadline - time.monotonic())
                 server.free(reply.get("freed"))
@@ -209,15 +208,15 @@ class StudentProcess:
         self.close()
         raise AnswerLost(reason)
 
-    def _read_outcomes(self, reply: dict) -> None:
-        """Takes only what has the right form: these are the student's words, and never decide on a point."""
+    def _read_runs(self, reply: dict) -> None:
+        """Keeps the entries of the right form. They come from the student's process, and no point depends on them."""
         numbers = {number for number, _ in self.cells}
-        outcomes, candidates = reply.get("outcomes"), reply.get("candidates")
-        if not isinstance(outcomes, list) or not isinstance(candidates, dict):
+        runs, candidates = reply.get("runs"), reply.get("candidates")
+        if not isinstance(runs, list) or not isinstance(candidates, dict):
             self._lose("the notebook's cells sent the grader something that is no message")
-        self.outcomes = [
-            Outcome(item["number"], _in_words(item["error"]) if item.get("error") else None, plain(item.get("output")))
-            for item in outcomes[: len(self.cells)]
+        self.cell_runs = [
+            CellRun(item["number"], _as_text(item["error"]) if item.get("error") else None, plain(item.get("output")))
+            for item in runs[: len(self.cells)]
             if isinstance(item, dict) and type(item.get("number")) is int and item["number"] in numbers
         ]
         for name in self.wanted:
@@ -269,77 +268,12 @@ class RemoteFunction:
         return self._student.call(self.__name__, self._candidate, arguments, named, memory, program)
 
 
-class _Server:
-    """Serves `load` and `store` of the tensors that were handed over; they are counted here."""
-
-    def __init__(self, counted: list[Counted]):
-        self.counted = counted
-        self.tiles: dict[int, Tensor] = {}  # on the chip: the function holds them
-        self.held = 0
-        self._numbers = itertools.count()
-
-    def free(self, numbers: Any) -> None:
-        for number in numbers if isinstance(numbers, list) else ():
-            self._forget(number)
-
-    def serve(self, message: dict, blob: bytearray) -> tuple[dict, list[memoryview]]:
-        request = next(self._numbers)
-        number = message.get("load", message.get("store"))
-        if request >= MAX_LOADS:
-            raise ProtocolError(f"more than {MAX_LOADS:,} loads and stores in a call")
-        if type(number) is not int or not 0 <= number < len(self.counted):
-            raise ProtocolError("a load or store of a tensor that it was not given")
-        index = _index(decode(message.get("index"), bytearray()))
-        tensor = self.counted[number]
-        if "store" in message:
-            tile = decode(message.get("tile"), blob)
-            if isinstance(tile, (int, float)):
-                tile = Tensor([tile])[0]
-            if not isinstance(tile, Tensor):
-                raise ProtocolError("a store of something that is no tensor")
-        try:
-            if "store" in message:
-                tensor.store(tile, *index)
-                return {"value": None}, []
-            tile = tensor.load(*index)
-        except (ValueError, IndexError, RuntimeError, TypeError) as error:
-            return {"raised": [type(error).__name__, str(error)[:300]], "value": None}, []
-        tree, blobs = encode(tile)
-        self._hold(request, tile)
-        return {"value": tree, "tile": request}, blobs
-
-    def _hold(self, number: int, tile: Tensor) -> None:
-        self.held += tile.nbytes
-        if self.held > MAX_HELD:
-            raise ProtocolError(f"it holds more than {MAX_HELD >> 20} MiB of tiles")
-        self.tiles[number] = tile
-
-    def _forget(self, number: Any) -> None:
-        if type(number) is int and number in self.tiles:
-            self.held -= self.tiles.pop(number).nbytes
-
-
-def _index(index: Any) -> tuple:
-    parts = index if isinstance(index, tuple) else (index,)
-    allowed = all(part is None or part is Ellipsis or type(part) in (int, slice) for part in parts)
-    if len(parts) > 8 or not allowed:
-        raise ProtocolError("an index that is more than ints, slices, ... and None")
-    return parts
-
-
-def _handle(value: Any, counted: list[Counted]) -> dict | None:
-    if not isinstance(value, Counted):
-        return None
-    counted.append(value)
-    return {"handle": [len(counted) - 1, str(value.dtype).removeprefix("torch."), list(value.shape)]}
-
-
-def _in_words(error: Any) -> str:
-    """An exception of the student's, from the fields that `worker.described` sends."""
+def _as_text(error: Any) -> str:
+    """A student's exception as text, from the fields that `worker.described` sends."""
     error = error if isinstance(error, dict) else {}
-    words = f"{plain(error.get('type'), 80) or 'error'}: {plain(error.get('message'), 500)}".removesuffix(": ")
+    text = f"{plain(error.get('type'), 80) or 'error'}: {plain(error.get('message'), 500)}".removesuffix(": ")
     line, cell = error.get("line"), error.get("cell")
-    return words + (f" (cell {cell + 1}, line {line})" if type(line) is int and type(cell) is int else "")
+    return text + (f" (cell {cell + 1}, line {line})" if type(line) is int and type(cell) is int else "")
 
 
 def plain(text: Any, limit: int = 10_000) -> str:

@@ -1,4 +1,4 @@
-"""What must not get into the repository: paths of one machine, and notebooks that are not as they were run."""
+"""Finds what must not be stored in the repository: paths of one machine, and notebooks that were edited or cut."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from course.run_tests import ROOT, notebooks
+from tools.run_tests import ROOT, notebooks
 
 MAX_NOTEBOOK_BYTES = 400_000
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -49,9 +49,9 @@ def notebook_faults(path: Path) -> list[str]:
         if any(output["output_type"] == "error" for output in cell["outputs"]):
             faults.append(f"cell {number} ends in an error")
         if any(WIDGET_VIEW in output.get("data", {}) for output in cell["outputs"]):
-            faults.append(f"cell {number} stores a widget's view, an error until it is run: `python -m course.hygiene`")
+            faults.append(f"cell {number} stores a widget's view, an error until it is run: `python -m tools.hygiene`")
         if in_one_piece(cell["outputs"]) != cell["outputs"]:
-            faults.append(f"cell {number} stores what it printed in pieces: `python -m course.hygiene`")
+            faults.append(f"cell {number} stores what it printed in pieces: `python -m tools.hygiene`")
     for number, cell in cells:
         paths = [path for text in texts(cell) for path in machine_paths(text)]
         faults += [f"cell {number} names a machine path: {path}" for path in paths]
@@ -93,7 +93,7 @@ def repository_files(root: Path) -> list[Path]:
 
 
 def main() -> None:
-    """`python -m course.hygiene`: stored notebooks lose their widgets' views, not the pictures; a text is one piece."""
+    """`python -m tools.hygiene`: stored notebooks lose their widgets' views, not the pictures; a text is one piece."""
     for path in (ROOT / name for name in notebooks()):
         before = path.read_text(encoding="utf-8")
         notebook = json.loads(before)

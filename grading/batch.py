@@ -1,4 +1,4 @@
-"""Many students, many units: what is to be graded, what still holds from before, and a process for each at a time."""
+"""Grades the units of many students: finds those without a valid result, and runs them in a pool of processes."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ from pathlib import Path
 
 import torch
 
-from course.grading.grade import Result, grade
-from course.grading.gradebook import write_json
-from course.grading.remote import Patience
-from course.grading.sandbox import ROOT
-from course.grading.submission import Student, Submission, choose
-from course.grading.unit import Unit
+from grading import ROOT
+from grading.grade import Result, grade
+from grading.gradebook import write_json
+from grading.remote import Patience
+from grading.submission import Student, Submission, choose
+from grading.unit import Unit
 
 
 @dataclass(frozen=True)
-class Job:
-    """One student's one unit."""
+class StudentUnit:
+    """One unit of one student, to be graded.
+
+    Attributes:
+        key: a hash of everything that its result depends on, but for the random inputs.
+    """
 
     student: str
     slug: str
@@ -37,35 +41,36 @@ class Job:
     key: str
 
     def empty(self) -> Result:
+        """A result without verdicts."""
         return Result(self.student, self.slug, self.unit.name, key=self.key, unread=self.submission.unread)
 
 
 @dataclass(frozen=True)
 class Manner:
-    """How to grade: see `grade`."""
+    """How to grade: the arguments of `grade` that are the same for all."""
 
     seed: int | None = None
     patience: Patience = Patience()
     unsafe: bool = False
 
 
-def jobs_of(student: Student, units: list[Unit], manner: Manner) -> Iterator[Job]:
-    """A job for each unit; its key changes with everything that a verdict depends on, but for the random inputs."""
+def units_of(student: Student, units: list[Unit], manner: Manner) -> Iterator[StudentUnit]:
+    """What there is to grade of a student: every unit, whether it was handed in or not."""
     chosen = choose(student, units)
     for unit in units:
         submission = chosen[unit.name]
         parts = [student.name, submission.key, unit.hash, grader_hash(), repr((manner.patience, manner.unsafe))]
         key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-        yield Job(student.name, student.slug, unit, submission, key)
+        yield StudentUnit(student.name, student.slug, unit, submission, key)
 
 
 @cache
 def grader_hash() -> str:
-    """Of all code that a verdict comes from."""
-    folders = ["course/grading", "course/tasks", "minillm", "kernels"]
+    """A hash of all code that a verdict depends on, and of the versions of torch and Triton."""
+    folders = ["grading", "course/tasks", "minillm", "kernels"]
     paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
     digest = hashlib.sha256(f"{torch.__version__} {_version('triton')}".encode())
-    for path in [*paths, ROOT / "course" / "lesson.py"]:
+    for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -82,15 +87,15 @@ def result_path(grades: Path, slug: str, unit: str) -> Path:
 
 
 def read_all(grades: Path) -> Iterator[Result]:
-    """Every result that lies there, whether it still holds or not."""
+    """All stored results, valid or not."""
     for path in sorted((grades / "results").glob("*/*.json")):
         with suppress(ValueError, TypeError, KeyError, OSError):
             yield Result.from_json(json.loads(path.read_text(encoding="utf-8")))
 
 
-def stored(grades: Path, jobs: list[Job]) -> list[Result]:
-    """The results of an earlier run that hold: nothing that they depend on has changed."""
-    keys = {(job.slug, job.unit.name): job.key for job in jobs}
+def stored(grades: Path, every: list[StudentUnit]) -> list[Result]:
+    """The results of an earlier run that are still valid: nothing that they depend on has changed."""
+    keys = {(one.slug, one.unit.name): one.key for one in every}
     return [
         result
         for result in read_all(grades)
@@ -99,7 +104,7 @@ def stored(grades: Path, jobs: list[Job]) -> list[Result]:
 
 
 def forget_the_rest(grades: Path, results: list[Result]) -> None:
-    """Takes away all that shows a score which may no longer be right, before anything new is known."""
+    """Deletes everything that shows a score which may no longer be valid, before anything is graded."""
     (grades / "grades.csv").unlink(missing_ok=True)
     keep = {result_path(grades, result.slug, result.unit) for result in results}
     for path in (grades / "results").glob("*/*.json"):
@@ -108,28 +113,28 @@ def forget_the_rest(grades: Path, results: list[Result]) -> None:
     shutil.rmtree(grades / "feedback", ignore_errors=True)
 
 
-def missing(jobs: list[Job], results: list[Result]) -> list[Job]:
-    """The jobs that have no result."""
+def missing(every: list[StudentUnit], results: list[Result]) -> list[StudentUnit]:
+    """The units that have no result."""
     known = {(result.slug, result.unit) for result in results}
-    return [job for job in jobs if (job.slug, job.unit.name) not in known]
+    return [one for one in every if (one.slug, one.unit.name) not in known]
 
 
-def run(jobs: list[Job], grades: Path, processes: int, manner: Manner) -> Iterator[Result]:
+def run(todo: list[StudentUnit], grades: Path, processes: int, manner: Manner) -> Iterator[Result]:
     """Grades, and stores each result as soon as it is there.
 
     Args:
-        grades: the folder for all that is stored.
-        processes: how many work at a time.
+        grades: the folder for results.
+        processes: how many run at a time.
     """
-    lost: list[Job] = []
-    for result in _in_processes(jobs, processes, manner, lost.append):
+    lost: list[StudentUnit] = []
+    for result in _in_processes(todo, processes, manner, lost.append):
         yield _store(result, grades)
-    for job in lost:  # one of them took the others with it, and nobody knows which: each gets a process to itself
-        gone: list[Job] = []
-        for result in _in_processes([job], 1, manner, gone.append):
+    for one in lost:  # one of them ended the pool, and it is not known which: each gets a process of its own
+        gone: list[StudentUnit] = []
+        for result in _in_processes([one], 1, manner, gone.append):
             yield _store(result, grades)
         if gone:
-            yield _store(_failed(job, "the grader's process was ended from outside"), grades)
+            yield _store(_failed(one, "the grader's process was ended from outside"), grades)
 
 
 def _store(result: Result, grades: Path) -> Result:
@@ -137,14 +142,16 @@ def _store(result: Result, grades: Path) -> Result:
     return result
 
 
-def _in_processes(jobs: list[Job], processes: int, manner: Manner, lose: Callable[[Job], None]) -> Iterator[Result]:
-    if not jobs:
+def _in_processes(
+    todo: list[StudentUnit], processes: int, manner: Manner, lose: Callable[[StudentUnit], None]
+) -> Iterator[Result]:
+    if not todo:
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["course.grading.batch"])  # torch is imported once, and not again for each pool
-    pool = ProcessPoolExecutor(max(1, min(processes, len(jobs))), context, _alone)
+    context.set_forkserver_preload(["grading.batch"])  # torch is imported once, and not again for each pool
+    pool = ProcessPoolExecutor(max(1, min(processes, len(todo))), context, _alone)
     try:
-        futures: dict[Future[Result], Job] = {pool.submit(grade_job, job, manner): job for job in jobs}
+        futures: dict[Future[Result], StudentUnit] = {pool.submit(grade_one, one, manner): one for one in todo}
         for future in as_completed(futures):
             try:
                 yield future.result()
@@ -159,21 +166,21 @@ def _in_processes(jobs: list[Job], processes: int, manner: Manner, lose: Callabl
 
 
 def _alone() -> None:
-    """What a process of the pool does first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that started it decides
+    """Initialises a process of the pool."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     torch.set_num_threads(1)
 
 
-def grade_job(job: Job, manner: Manner) -> Result:
-    """Grades one student's one unit, and turns every fault of the grader's own into a remark."""
+def grade_one(one: StudentUnit, manner: Manner) -> Result:
+    """Grades one unit of one student; an error of the grader itself becomes a remark."""
     try:
-        return grade(job.empty(), job.unit, job.submission, manner.seed, manner.patience, manner.unsafe)
+        return grade(one.empty(), one.unit, one.submission, manner.seed, manner.patience, manner.unsafe)
     except Exception as error:
-        return _failed(job, f"{type(error).__name__}: {error}")
+        return _failed(one, f"{type(error).__name__}: {error}")
 
 
-def _failed(job: Job, reason: str) -> Result:
-    result = job.empty()
+def _failed(one: StudentUnit, reason: str) -> Result:
+    result = one.empty()
     result.state = "failed"
-    result.remarks = [*job.submission.remarks, f"not graded: {reason}"]
+    result.remarks = [*one.submission.remarks, f"not graded: {reason}"]
     return result

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from course.grading import batch, report
-from course.grading.grade import Result
-from course.grading.gradebook import take_hand_grades
-from course.grading.remote import Patience
-from course.grading.sandbox import ROOT, SandboxError, find_bubblewrap
-from course.grading.submission import find_students
-from course.grading.unit import find_units
+from grading import ROOT, batch, output
+from grading.bubblewrap import SandboxError, find_bubblewrap
+from grading.grade import Result
+from grading.gradebook import take_hand_grades
+from grading.remote import Patience
+from grading.submission import find_students
+from grading.unit import find_units
 
 DONE, SOME_NOT, REFUSED, STOPPED = 0, 1, 2, 130
 
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if not options.unsafe_no_sandbox:
             find_bubblewrap()
-        every = find_units()
+        units = find_units()
         wanted = [unit.name for unit in find_units(only=options.unit)]
         students = list(find_students(options.submissions))
         if not students:
@@ -40,43 +40,43 @@ def main(arguments: list[str] | None = None) -> int:
         return REFUSED
     start = time.monotonic()
     manner = batch.Manner(options.seed, Patience(options.seconds), options.unsafe_no_sandbox)
-    jobs = [job for student in students for job in batch.jobs_of(student, every, manner)]
+    every = [one for student in students for one in batch.units_of(student, units, manner)]
     hand = take_hand_grades(options.grades, list(batch.read_all(options.grades)))
-    results = batch.stored(options.grades, jobs)
+    results = batch.stored(options.grades, every)
     if options.again or options.seed is not None:
         results = [result for result in results if result.unit not in wanted]
     batch.forget_the_rest(options.grades, results)
-    todo = batch.missing([job for job in jobs if job.unit.name in wanted], results)
+    todo = batch.missing([one for one in every if one.unit.name in wanted], results)
     print(f"{len(students)} students, {len(wanted)} units: {len(todo)} to grade, {len(results)} graded before")
-    order = {(job.slug, job.unit.name): place for place, job in enumerate(jobs)}
+    order = {(one.slug, one.unit.name): place for place, one in enumerate(every)}
     try:
         results += show(todo, options, manner)
         results.sort(key=lambda result: order[result.slug, result.unit])
-        report.write(options.grades, every, results, hand)
+        output.write(options.grades, units, results, hand)
     except KeyboardInterrupt:
         print("Stopped. The same command goes on from here; there is no grades.csv until it is through.")
         return STOPPED
     shown = [result for result in results if result.unit in wanted]
-    print("\n".join(report.summary(options.grades, shown, time.monotonic() - start)))
+    print("\n".join(output.summary(options.grades, shown, time.monotonic() - start)))
     return SOME_NOT if any(result.state == "failed" for result in results) else DONE
 
 
-def show(jobs: list[batch.Job], options: argparse.Namespace, manner: batch.Manner) -> list[Result]:
-    """Grades, with a progress bar, and a line for each student who is through."""
-    waiting = Counter(job.slug for job in jobs)
+def show(todo: list[batch.StudentUnit], options: argparse.Namespace, manner: batch.Manner) -> list[Result]:
+    """Grades, with a progress bar; prints a line for each student after the last of the units."""
+    waiting = Counter(one.slug for one in todo)
     done: dict[str, list[Result]] = {}
-    with tqdm(total=len(jobs), unit="notebook", disable=None) as bar:
-        for result in batch.run(jobs, options.grades, options.jobs, manner):
+    with tqdm(total=len(todo), unit="notebook", disable=None) as bar:
+        for result in batch.run(todo, options.grades, options.jobs, manner):
             own = done.setdefault(result.slug, [])
             own.append(result)
             if len(own) == waiting[result.slug]:
-                bar.write(report.line(own), file=sys.stdout)
+                bar.write(output.line(own), file=sys.stdout)
             bar.update()
     return [result for own in done.values() for result in own]
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m course.grading", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m grading", description=__doc__)
     parser.add_argument("submissions", type=Path, help="a folder with a folder for each student")
     parser.add_argument("--unit", default="", help="only the unit whose name begins so, as in 02")
     parser.add_argument("--grades", type=Path, default=ROOT / "grades", help="where results go (default: grades)")

@@ -1,7 +1,7 @@
-"""A student's folder, read with care: which of its files is which unit, and what stands in it.
+"""Reads a student's folder: which of its files belongs to which unit, and its cells.
 
 Nothing in the folder is trusted: links are not followed, special files are not opened, names and texts are made
-harmless wherever they are shown. What cannot be read ends in a sentence that says what is wrong with that file.
+harmless before they are shown. A file that cannot be read leaves a remark that says what is wrong with it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from course.grading.remote import plain
-from course.grading.unit import Text, Unit, form
+from grading.remote import plain
+from grading.unit import Text, Unit, form
 
 MAX_FILE = 32 << 20  # bytes
 MAX_SOURCE = 3 << 20  # characters of all cells together
@@ -212,7 +212,7 @@ def _text(content: bytes) -> str:
 
 
 def _cells(notebook: Any) -> Iterator[Cell]:
-    """The cells of a notebook in format 4, or in one of those before it; what has no form is left out."""
+    """The cells of a notebook in format 4 or an older one; entries of another form are left out."""
     if not isinstance(notebook, dict):
         raise _Problem("is no notebook: its JSON is not an object")
     sheets = notebook.get("worksheets")
@@ -249,7 +249,7 @@ def _joined(source: Any) -> str:
 
 
 def choose(student: Student, units: list[Unit]) -> dict[str, Submission]:
-    """For each unit the file to grade, by what stands in the files and whatever they are called."""
+    """For each unit the file to grade, chosen by the content of the files, not by their names."""
     notebooks = [file for file in student.files if file.problem is None]
     own = {file.name: _unit_of(file, units) for file in notebooks}
     unread = [f"{file.name}: {file.problem}" for file in student.files if file.problem]
@@ -280,7 +280,7 @@ def _submission(files: list[File], remarks: list[str], others: list[str]) -> Sub
 
 
 def _unit_of(file: File, units: list[Unit]) -> str | None:
-    """The unit that a notebook is of: by its grade ids, then its cells' ids, then the functions in it."""
+    """The unit that a notebook belongs to: by its grade ids, then its cells' ids, then the functions in it."""
 
     def evidence(unit: Unit) -> tuple[int, int, int, bool]:
         grade_ids = len({cell.grade_id for cell in file.cells} & unit.grade_ids)
@@ -293,7 +293,7 @@ def _unit_of(file: File, units: list[Unit]) -> str | None:
 
 
 def defines(source: str, name: str) -> bool:
-    """Whether a cell seems to bind a function's name; a cell that is no Python can be asked too."""
+    """Whether a cell seems to bind a function's name; the cell need not be valid Python."""
     return bool(re.search(rf"^(async\s+)?(def\s+{name}\b|class\s+{name}\b|{name}\s*=(?!=))", source, re.MULTILINE))
 
 
@@ -305,7 +305,7 @@ def answered(file: File, unit: Unit) -> list[str]:
 
 
 def to_run(file: File, unit: Unit) -> list[Cell]:
-    """The code of the student: cells that are still as they were handed out are not among them."""
+    """The code cells of the student, without those that are as they were handed out."""
     handed_out = unit.placeholders | {form(source) for source in unit.setup(unit.release)}
     cells = [cell for cell in file.cells if cell.kind == "code" and cell.source.strip()]
     with warnings.catch_warnings():  # parsing "\d" warns
@@ -314,14 +314,14 @@ def to_run(file: File, unit: Unit) -> list[Cell]:
 
 
 def text_answer(file: File, text: Text, unit: Unit) -> str:
-    """The words of a student on a question; "" where it is not answered."""
+    """A student's answer to a question in text; "" where it is not answered."""
     found = next(_places(file, text, unit), None)
-    words = found.source.strip() if found else ""
-    return "" if words == text.placeholder.strip() else words
+    answer = found.source.strip() if found else ""
+    return "" if answer == text.placeholder.strip() else answer
 
 
 def _places(file: File, text: Text, unit: Unit) -> Iterator[Cell]:
-    """Where the answer may stand, the surest place first."""
+    """The cells that may hold the answer, the most certain first."""
 
     def changed(cells: Iterable[Cell]) -> Iterator[Cell]:
         return (cell for cell in cells if cell.source.strip() not in ("", text.placeholder.strip()))

@@ -105,7 +105,7 @@ def install() -> None:
             raise
     show("")
     if pip.returncode:
-        sys.exit(f"{cure(LOG.read_text())}. Then run this again (pip's words are in .venv/{LOG.name}).")
+        sys.exit(f"{cure(LOG.read_text())}. Then run this again (pip's output is in .venv/{LOG.name}).")
     # No question about news pops up in front of the first lesson.
     quiet = ["jupyter", "labextension", "disable", "--level=sys_prefix", "@jupyterlab/apputils-extension:announcements"]
     subprocess.run([python_in(VENV), "-m", *quiet], capture_output=True)

@@ -11,41 +11,41 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from course.grading.remote import AnswerError, AnswerLost, Patience, StudentProcess, plain
-from course.grading.submission import Cell, Submission, text_answer, to_run
-from course.grading.unit import Test, Unit
 from course.tasks.task import fresh_inputs
+from grading.remote import AnswerError, AnswerLost, Patience, StudentProcess, plain
+from grading.submission import Cell, Submission, text_answer, to_run
+from grading.unit import Test, Unit
 
-MAX_ANSWER = 20_000  # characters in words: the page for the student takes the square of their time
+MAX_ANSWER = 20_000  # characters of an answer in text: the time to render its page grows with their square
 
 
 @dataclass
 class Verdict:
-    """What became of a test cell, or of a question.
+    """The points for a test cell or for a question, and why.
 
     Attributes:
-        points: None until somebody has read the answer.
-        words: for the student; they never hold the code of a test.
+        points: None where an instructor has to read the answer.
+        message: for the student; it never contains the code of a test.
         cell: the number of the cell with the answer that was judged.
     """
 
     grade_id: str
     points: float | None
     maximum: float
-    words: str
+    message: str
     cell: int | None = None
 
 
 @dataclass
 class Result:
-    """What one student has for one unit, with all that feedback and gradebook show.
+    """The result of one student in one unit, with everything that feedback and gradebook show.
 
     Attributes:
-        state: "graded"; "missing" where there is nothing to grade; "failed" where the grader itself did.
+        state: "graded"; "missing" where there is nothing to grade; "failed" where the grader itself had an error.
         unread: whether it is missing, and something was handed in that could not be read.
-        seed: of the random inputs: with it the same grading can be had again.
-        key: of everything that the result depends on.
-        answers: by grade id, a student's words on a question.
+        seed: of the random inputs; the same seed repeats the grading.
+        key: a hash of everything that the result depends on.
+        answers: by grade id, a student's answer to a question in text.
         cells: the student's cells that were run: number, source, error, output.
         comments: by grade id, what an instructor wrote; it is kept apart, by `gradebook`.
     """
@@ -76,7 +76,7 @@ class Result:
 
     @property
     def waiting(self) -> bool:
-        """Whether somebody must read an answer before the score is whole."""
+        """Whether an instructor has to read an answer before the score is complete."""
         return any(verdict.points is None for verdict in self.verdicts)
 
     def to_json(self) -> dict[str, Any]:
@@ -84,13 +84,13 @@ class Result:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Result:
-        """Raises TypeError where it is not what `to_json` gave."""
+        """The inverse of `to_json`; raises KeyError or TypeError for anything else."""
         verdicts = [Verdict(**verdict) for verdict in content["verdicts"]]
         return cls(**content | {"verdicts": verdicts})
 
 
 class TestIsBroken(Exception):
-    """A test cell of ours that cannot be run: nobody gets points or loses them."""
+    """A test cell of the course that cannot be run: the unit is not graded."""
 
     __test__ = False
 
@@ -106,7 +106,7 @@ def grade(
     """Fills in a result.
 
     Args:
-        result: of which student and unit.
+        result: an empty one, with student and unit.
         seed: of the random inputs; a new one when left out.
         patience: how long to wait.
         unsafe: without a sandbox.
@@ -133,15 +133,15 @@ def grade(
         except TestIsBroken as error:
             result.state, result.verdicts = "failed", []
             result.remarks.append(f"not graded: {error}")
-        result.cells = _with_outcomes(own, student)
+        result.cells = _cells_with_runs(own, student)
     if result.state == "graded":
         for text in unit.texts:
-            words = text_answer(submission.file, text, unit)
-            result.answers[text.grade_id] = words[:MAX_ANSWER]
-            if len(words) > MAX_ANSWER:
-                result.remarks.append(f"{text.grade_id}: cut to {MAX_ANSWER:,} of {len(words):,} characters")
-            points, words = (None, "to be read") if result.answers[text.grade_id] else (0, "not answered")
-            result.verdicts.append(Verdict(text.grade_id, points, text.points, words))
+            answer = text_answer(submission.file, text, unit)
+            result.answers[text.grade_id] = answer[:MAX_ANSWER]
+            if len(answer) > MAX_ANSWER:
+                result.remarks.append(f"{text.grade_id}: cut to {MAX_ANSWER:,} of {len(answer):,} characters")
+            points, message = (None, "to be read") if result.answers[text.grade_id] else (0, "not answered")
+            result.verdicts.append(Verdict(text.grade_id, points, text.points, message))
     result.seconds = round(time.monotonic() - start, 1)
     return result
 
@@ -151,7 +151,7 @@ def _not_answered(unit: Unit) -> list[Verdict]:
 
 
 def _judge(unit: Unit, student: StudentProcess) -> Iterator[Verdict]:
-    """A verdict for each test cell. Tests of the same functions go together: one and the same answer gets them all."""
+    """A verdict for each test cell. Tests of the same functions are grouped: one definition has to pass them all."""
     groups: dict[tuple[str, ...], list[Test]] = {}
     for test in unit.tests:
         groups.setdefault(test.functions, []).append(test)
@@ -162,8 +162,8 @@ def _judge(unit: Unit, student: StudentProcess) -> Iterator[Verdict]:
         return
     for functions, tests in groups.items():
         if absent := [name for name in functions if not student.candidates[name]]:
-            words = "\n".join(student.why_not(name) for name in absent)
-            yield from (Verdict(test.grade_id, 0, test.points, words) for test in tests)
+            message = "\n".join(student.why_not(name) for name in absent)
+            yield from (Verdict(test.grade_id, 0, test.points, message) for test in tests)
             continue
         attempts = (
             [_verdict(unit, test, student, chosen) for test in tests] for chosen in _choices(student, functions)
@@ -189,16 +189,16 @@ def _best(attempts: Iterator[list[Verdict]]) -> list[Verdict]:
 
 
 def _verdict(unit: Unit, test: Test, student: StudentProcess, chosen: dict[str, int]) -> Verdict:
-    words = _complaint(unit, test, student, chosen)
+    complaint = _complaint(unit, test, student, chosen)
     cell = next(iter(chosen.values()), None)
     student.revive()
-    return Verdict(test.grade_id, 0 if words else test.points, test.points, words or "right", cell)
+    return Verdict(test.grade_id, 0 if complaint else test.points, test.points, complaint or "right", cell)
 
 
 def _complaint(unit: Unit, test: Test, student: StudentProcess, chosen: dict[str, int]) -> str:
-    """Runs a test cell on a student's functions; what is wrong, or "" where nothing is."""
+    """Runs a test cell on a student's functions. Returns the complaint, "" where there is none."""
     try:
-        student.run()  # after a loss, anew; here, where a fault of the sandbox is not taken for one of the answer
+        student.run()  # again after a loss; outside the try below: a SandboxError is no wrong answer
     except AnswerLost as lost:
         return str(lost)
     namespace: dict[str, Any] = {"__name__": "__main__"}
@@ -224,11 +224,11 @@ def _run(sources: list[str], namespace: dict[str, Any]) -> None:
             raise TestIsBroken(f"a setup cell of the solution raises {type(error).__name__}: {error}") from None
 
 
-def _with_outcomes(cells: list[Cell], student: StudentProcess) -> list[dict[str, Any]]:
-    outcomes = {outcome.number: outcome for outcome in student.outcomes}
+def _cells_with_runs(cells: list[Cell], student: StudentProcess) -> list[dict[str, Any]]:
+    runs = {run.number: run for run in student.cell_runs}
     found = []
     for cell in cells:
-        outcome = outcomes.get(cell.number)
-        error, output = (outcome.error, outcome.output) if outcome else (None, "")
+        run = runs.get(cell.number)
+        error, output = (run.error, run.output) if run else (None, "")
         found.append({"number": cell.number, "source": cell.source, "error": error, "output": output})
     return found

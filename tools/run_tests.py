@@ -1,4 +1,4 @@
-"""`make test`: lint, format, types, tests, notebooks and browser. All parts run; one that fails fails the whole."""
+"""`make test`: lint, format, types, tests, notebooks and browser. All parts run; if one fails, `make test` fails."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def tool(*command: str) -> Tally:
 def pytest(*arguments: str) -> Tally:
     """Runs pytest, counted test by test. A run without a test is a failure: a check must be able to fail."""
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder, "report.xml")
-        status = python_module("pytest", *arguments, f"--junitxml={report}")
-        tally = read_report(report) if report.exists() else Tally()
+        counts = Path(folder, "counts.xml")
+        status = python_module("pytest", *arguments, f"--junitxml={counts}")
+        tally = read_junit(counts) if counts.exists() else Tally()
     return tally + Tally(failed=1) if status and not tally.failed else tally
 
 
-def read_report(path: Path) -> Tally:
-    """The counts of pytest's JUnit report."""
+def read_junit(path: Path) -> Tally:
+    """The counts in the JUnit file that pytest wrote."""
     tally = Tally()
     for suite in ElementTree.parse(path).getroot().iter("testsuite"):
         tests, skipped = int(suite.get("tests", 0)), int(suite.get("skipped", 0))
@@ -78,7 +78,7 @@ def read_report(path: Path) -> Tally:
 
 
 def run_notebooks() -> Tally:
-    """Runs every notebook in a fresh kernel each, and compares what it prints with what is stored in it."""
+    """Runs each notebook in a kernel of its own, and compares its outputs with the stored ones."""
     found = notebooks()
     if not found:
         print("There is no notebook in notebooks/: the lessons are missing.")
@@ -99,7 +99,7 @@ def python_module(*command: str) -> int:
         # The course runs without a network, so its tests do too; and a test ticks off none of your exercises.
         own = {"HF_HUB_OFFLINE": "1", "MINILLM_PROGRESS": str(Path(folder, "progress.json"))}
         own["PYTHONDONTWRITEBYTECODE"] = ""  # dozens of processes start, and each would compile torch anew
-        own["OMP_NUM_THREADS"] = "1"  # a process a core: threads that wait for each other cost more than they bring
+        own["OMP_NUM_THREADS"] = "1"  # one process per core: more threads would only compete for them
         return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=os.environ | own).returncode
 
 

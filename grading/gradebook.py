@@ -1,7 +1,7 @@
-"""nbgrader's gradebook, for what people do with grades: read answers, comment, export.
+"""nbgrader's gradebook, in which instructors read answers, comment, and export.
 
-The gradebook is made anew from the results each time, so that no score in it is older than its result. What people
-wrote into it is taken out before, kept in `hand.json`, and put in again where the answer is still the same.
+The gradebook is made anew from the results each time, so that no score in it is older than its result. Scores and
+comments by hand are read from it before, kept in `hand.json`, and written again where the answer is unchanged.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 
 import nbformat
 
-from course.grading.feedback import annotated
-from course.grading.grade import Result, Verdict
-from course.grading.unit import Unit, grade_id, is_answer, is_test, is_text, points
+from grading.feedback import annotated
+from grading.grade import Result, Verdict
+from grading.unit import Unit, grade_id, is_answer, is_test, is_text, points
 
 FOLDER, DATABASE, HAND = "nbgrader", "gradebook.db", "hand.json"
 BEFORE = "gradebook.before.db"  # the last one, in case that something in it is missed
@@ -37,11 +37,11 @@ Hand = dict[str, dict[str, dict[str, Any]]]  # by slug and unit, by grade id: "o
 
 
 def take_hand_grades(folder: Path, results: list[Result]) -> Hand:
-    """Moves what people wrote in the gradebook to `hand.json`, and puts the gradebook aside.
+    """Moves scores and comments by hand from the gradebook to `hand.json`, and renames the gradebook.
 
     Args:
         folder: of all grades.
-        results: as they are stored: those from which the gradebook was made.
+        results: the stored ones, from which the gradebook was made.
     """
     hand = read_hand_grades(folder)
     database = folder / FOLDER / DATABASE
@@ -58,19 +58,19 @@ def take_hand_grades(folder: Path, results: list[Result]) -> Hand:
 
 
 def read_hand_grades(folder: Path) -> Hand:
-    """What people gave and wrote so far."""
+    """The scores and comments by hand so far."""
     path = folder / HAND
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def with_hand_grades(result: Result, hand: Hand) -> Result:
-    """A result with the scores and comments that people gave, where the answer has not changed since."""
+    """A result with the scores and comments by hand, where the answer has not changed since."""
     given = {
         name: entry for name, entry in hand.get(_place(result), {}).items() if entry["of"] == _fingerprint(result, name)
     }
     scores = {name: entry["score"] for name, entry in given.items() if entry["score"] is not None}
     verdicts = [
-        replace(v, points=scores[v.grade_id], words="graded by hand") if v.grade_id in scores else v
+        replace(v, points=scores[v.grade_id], message="graded by hand") if v.grade_id in scores else v
         for v in result.verdicts
     ]
     comments = {name: entry["comment"] for name, entry in given.items() if entry["comment"]}
@@ -78,11 +78,11 @@ def with_hand_grades(result: Result, hand: Hand) -> Result:
 
 
 def write_gradebook(folder: Path, units: list[Unit], results: list[Result], hand: Hand) -> None:
-    """Makes nbgrader's folder: the gradebook, and each notebook as a person sees it there.
+    """Makes nbgrader's folder: the gradebook, and each notebook as the formgrader shows it.
 
     Args:
         folder: of all grades.
-        results: without what was given by hand.
+        results: without scores and comments by hand.
     """
     new, place = folder / f".{FOLDER}.new", folder / FOLDER
     shutil.rmtree(new, ignore_errors=True)
@@ -107,7 +107,7 @@ def write_gradebook(folder: Path, units: list[Unit], results: list[Result], hand
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file atomically."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
     part.write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -162,7 +162,7 @@ def _add_result(book: Any, result: Result, hand: Hand) -> None:
 
 
 def _written(submission: Any, result: Result) -> Iterator[tuple[str, dict[str, Any]]]:
-    """By grade id, what people gave and wrote, and to which answer."""
+    """By grade id, the score and the comment by hand, and a hash of the answer that they belong to."""
     notebook = submission.notebooks[0]
     scores = {grade.name: grade.manual_score for grade in notebook.grades}
     comments = {comment.name: comment.manual_comment for comment in notebook.comments}
@@ -172,7 +172,7 @@ def _written(submission: Any, result: Result) -> Iterator[tuple[str, dict[str, A
 
 
 def _fingerprint(result: Result, name: str) -> str:
-    """Of the answer that a score or a comment is about: a question's words, or else all of the student's code."""
+    """A hash of the answer that a score or a comment belongs to: the text, or else all of the student's code."""
     about = result.answers.get(name) or "\n".join(cell["source"] for cell in result.cells)
     return hashlib.sha256(about.encode()).hexdigest()
 

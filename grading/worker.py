@@ -1,7 +1,7 @@
-"""The student's side: runs the cells of a notebook, then calls the functions that they made with what it is given.
+"""The student's side: runs the cells of a notebook, then calls the functions that they define.
 
-It runs in the sandbox, beside the student's code and no better protected than that: nothing here decides anything.
-The two are in one process, so every line below must be taken for one that the student may have replaced.
+It runs in the sandbox, in one process with the student's code, which can replace every line of it. So nothing here
+decides on points.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def warm_up() -> None:
-    """What torch takes for itself at its first product and its first exponential is no student's memory."""
+    """Makes torch allocate what its first product and its first exponential need, so that it does not count."""
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         x = torch.ones(2, 64, 64, dtype=dtype)
         torch.softmax(x @ x, -1).exp().logsumexp(-1).amax()
@@ -83,17 +83,17 @@ class Notebook:
             wanted: the names of the functions that will be called.
 
         Returns:
-            {"outcomes": [{"number", "error", "output"}], "candidates": {name: [number of the cell]}}
+            {"runs": [{"number", "error", "output"}], "candidates": {name: [number of the cell]}}
         """
-        outcomes = {cell["number"]: self._run_one(cell, wanted) for cell in cells}
+        runs = {cell["number"]: self._run_one(cell, wanted) for cell in cells}
         for cell in cells:
-            if outcomes[cell["number"]]["error"]:
-                outcomes[cell["number"]] = self._run_one(cell, wanted)
+            if runs[cell["number"]]["error"]:
+                runs[cell["number"]] = self._run_one(cell, wanted)
         for name in wanted:
             last = dict(self.candidates.get(name, []))  # of a cell that was run twice, the second time
             self.candidates[name] = list(last.items())[-CANDIDATES:]
         names = {name: [number for number, _ in self.candidates[name]] for name in wanted}
-        return {"outcomes": list(outcomes.values()), "candidates": names}
+        return {"runs": list(runs.values()), "candidates": names}
 
     def _run_one(self, cell: dict, wanted: list[str]) -> dict:
         self.cell = Compiler.cell = cell["number"]
@@ -133,7 +133,7 @@ class Shell(InteractiveShell):
     def enable_gui(self, gui: Any = None) -> None:  # %matplotlib inline
         pass
 
-    def showtraceback(self, *_: Any, **__: Any) -> None:  # `described` has the words
+    def showtraceback(self, *_: Any, **__: Any) -> None:  # see `described`
         pass
 
     showsyntaxerror = showindentationerror = showtraceback
@@ -149,19 +149,19 @@ class Printed(io.StringIO):
 
 
 def described(error: BaseException) -> dict:
-    """An exception as the student should see it: its type, its words, and where in the notebook."""
+    """An exception as it is sent: its type, its message, and its place in the notebook."""
     place = next((f for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename[:5] == "<cell"), None)
     line, cell = (place.lineno, place.filename) if place else (None, None)
     if isinstance(error, SyntaxError):
         line, cell = error.lineno, f"<cell {(error.filename or '')[6:-1]}>"
     try:
-        words = error.msg if isinstance(error, SyntaxError) else str(error)
+        message = error.msg if isinstance(error, SyntaxError) else str(error)
     except Exception:
-        words = ""
+        message = ""
     number = cell[6:-1] if cell else ""
     return {
         "type": type(error).__name__[:80],
-        "message": str(words)[:MESSAGE],
+        "message": str(message)[:MESSAGE],
         "line": line if isinstance(line, int) else None,
         "cell": int(number) if number.isdigit() else None,  # the release's own have negative numbers
     }
@@ -193,7 +193,7 @@ class Remote:
             self.send({"returned": tree}, blobs)
 
     def free(self, tile: int) -> None:
-        """Notes a tile that the function let go of; the grader hears of it with the next message."""
+        """Notes a tile that the function no longer holds; the next message tells the grader."""
         self.freed.append(tile)
 
     def send(self, message: dict, blobs: list[memoryview] | None = None) -> None:
@@ -234,23 +234,22 @@ class CountedHandle:
 
 
 def course_is_a_stub() -> None:
-    """The course is not in here: its checks do nothing, and its library says so."""
+    """Makes `course` importable as a stub, whose checks do nothing, and refuses the library."""
     sys.meta_path.insert(0, NotHere())
 
 
 class NotHere(MetaPathFinder, Loader):
     """`import course` finds modules whose every name does nothing; `minillm` and `kernels` are refused.
 
-    What calls a student's Triton kernel is there as it is. It has kernels interpreted by `kernels.runtime`, which does
-    nothing here, and need not: the environment says so before Triton is imported.
+    `course.tasks.triton_programs` is the course's own file. It uses `kernels.runtime` to have kernels interpreted; a
+    stub will do here, because the environment variable is set before Triton is imported.
     """
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name == "course.tasks.triton_programs":
-            places = (Path(__file__).parent, Path(__file__).parents[1] / "tasks")  # in the sandbox, and without one
-            return spec_from_file_location(
-                name, next(place / PROGRAMS for place in places if (place / PROGRAMS).exists())
-            )
+            here = Path(__file__).parent  # of this file; in the sandbox, of the other one too
+            places = (here / PROGRAMS, here.parent / "course" / "tasks" / PROGRAMS)
+            return spec_from_file_location(name, next(place for place in places if place.exists()))
         package = name.partition(".")[0]
         if package == "minillm" or (package == "kernels" and name not in ("kernels", "kernels.runtime")):
             raise ImportError(f"{package} is not available where answers are graded: use torch alone")
@@ -279,7 +278,7 @@ def _nothing_of(name: str) -> Nothing:
 
 
 def fused_attention_is_off() -> None:
-    """torch's own attention is not an answer. (Against a habit, not against intent: see the threat model.)"""
+    """Makes torch's own attention raise. (Against a habit, not against intent: see the threat model.)"""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError("torch's own attention is no answer here: write it with matrix products and softmax")

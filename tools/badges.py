@@ -11,8 +11,8 @@ import re
 import tomllib
 from pathlib import Path
 
-from course import run_tests
 from course.colab import FIRST_CELL_ID, first_cell
+from tools import run_tests
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE = "https://colab.research.google.com/assets/colab-badge.svg"

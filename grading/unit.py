@@ -1,4 +1,4 @@
-"""A unit as the grader needs it: what its solution notebook asks, tests and gives points for."""
+"""A unit as the grader needs it: the questions, tests and points of its solution notebook."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-from course.tasks.release import ROOT, SOURCE, release
+from grading import ROOT
+from grading.release import SOURCE, notebooks, release
 
 MAX_PARSED = 8000  # characters of a cell: the time that Python takes for a long f-string grows with its square
 
@@ -30,7 +31,7 @@ class Test:
 
 @dataclass(frozen=True)
 class Text:
-    """A question that is answered in words and graded by hand."""
+    """A question that is answered in text and graded by hand."""
 
     grade_id: str
     points: float
@@ -88,7 +89,7 @@ class Unit:
 
     @property
     def items(self) -> list[Test | Text]:
-        """All that there are points for."""
+        """Everything that gives points."""
         return [*self.tests, *self.texts]
 
     @property
@@ -96,11 +97,11 @@ class Unit:
         return sum(item.points for item in self.items)
 
     def defined_in(self, answer: NotebookNode) -> list[str]:
-        """The functions that stand in an answer cell."""
+        """The functions that an answer cell defines."""
         return self._defined[grade_id(answer)]
 
     def setup(self, notebook: NotebookNode) -> list[str]:
-        """The code of a notebook, the solution or the release, that stands for itself: imports, helpers."""
+        """The code of the solution or the release that does not depend on the answers: imports, helpers."""
         ordinary = (cell for cell in notebook.cells if cell.cell_type == "code" and not grade_id(cell))
         return [cell.source for cell in ordinary if not self._uses_answers(cell)]
 
@@ -118,7 +119,7 @@ def find_units(root: Path = ROOT, only: str = "") -> list[Unit]:
     Raises:
         ValueError: there is none.
     """
-    paths = sorted(path for path in (root / SOURCE).glob("*/*.ipynb") if path.parent.name == path.stem)
+    paths = notebooks(root / SOURCE)
     chosen = [path for path in paths if path.stem.startswith(only)]
     if not chosen:
         raise ValueError(f"UNIT={only} is no unit: one of {', '.join(path.stem for path in paths) or '(none)'}")
@@ -147,7 +148,7 @@ def points(cell: NotebookNode) -> float:
 
 @lru_cache(maxsize=4096)
 def form(source: str) -> str:
-    """What a source says, whatever its comments, blank lines and layout: a long one, whatever its blank lines."""
+    """A source in a form that ignores comments, blank lines and layout; of a long one, blank lines only."""
     try:
         if len(source) <= MAX_PARSED:
             return ast.dump(ast.parse(source))

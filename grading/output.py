@@ -1,4 +1,4 @@
-"""What `make grade` leaves: a table, a page for each student, nbgrader's gradebook; and what it prints."""
+"""The output of `make grade`: a table, a page for each student, nbgrader's gradebook, and what is printed."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from course.grading.feedback import annotated, to_html
-from course.grading.grade import Result
-from course.grading.gradebook import FOLDER, Hand, with_hand_grades, write_gradebook
-from course.grading.unit import Unit
+from grading.feedback import annotated, to_html
+from grading.grade import Result
+from grading.gradebook import FOLDER, Hand, with_hand_grades, write_gradebook
+from grading.unit import Unit
 
 
 def write(grades: Path, units: list[Unit], results: list[Result], hand: Hand) -> None:
-    """The gradebook, the feedback, and last the table: where there is one, all is there."""
+    """Writes the gradebook, the feedback, and last the table: where it exists, the output is complete."""
     by_name = {unit.name: unit for unit in units}
     write_gradebook(grades, units, results, hand)
     complete = [with_hand_grades(result, hand) for result in results]
@@ -53,7 +53,7 @@ def table(units: list[Unit], results: list[Result]) -> Iterator[list[str]]:
 
 
 def _absent(own: list[Result]) -> list[str]:
-    """The units of which a student handed in nothing: one that could not be read is not among them."""
+    """The units that a student did not hand in; a file that could not be read counts as handed in."""
     return sorted(result.unit for result in own if result.state == "missing" and not result.unread)
 
 
@@ -62,7 +62,7 @@ def _points(points: float | None) -> str:
 
 
 def state(units: list[Unit], own: list[Result]) -> str:
-    """What an instructor must know before using a student's total."""
+    """Whether a student's total is final, and if not, why."""
     if any(result.state == "failed" for result in own):
         return "not graded"
     if len(own) < len(units):
@@ -73,12 +73,12 @@ def state(units: list[Unit], own: list[Result]) -> str:
 
 
 def _harmless(text: str) -> str:
-    """Text that a spreadsheet does not take for a formula."""
+    """The text, escaped where a spreadsheet would take it for a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def line(results: list[Result]) -> str:
-    """What is printed of a student."""
+    """The line that is printed for a student."""
     parts, absent = [], _absent(results)
     for result in sorted((r for r in results if r.unit not in absent), key=lambda result: result.unit):
         score = f"{result.total:g}/{result.maximum:g}" if result.state != "failed" else "NOT GRADED"

@@ -1,4 +1,4 @@
-"""What a student gets back: the notebook as it was handed out, with the own answers, the verdicts and the scores in it.
+"""Feedback for a student: the released notebook with the student's answers, the verdicts and the scores.
 
 It is made from the released notebook, so that the code of hidden tests cannot be in it.
 """
@@ -15,17 +15,17 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode, v4
 
-from course.grading.grade import MAX_ANSWER, Result, Verdict
-from course.grading.remote import plain
-from course.grading.unit import Unit, grade_id, is_answer, is_test, is_text
+from grading.grade import MAX_ANSWER, Result, Verdict
+from grading.remote import plain
+from grading.unit import Unit, grade_id, is_answer, is_test, is_text
 
-SHOWN = 50_000  # characters of a student's cells and outputs: to colour a million takes minutes
+SHOWN = 50_000  # characters of a student's cells and outputs: highlighting a million takes minutes
 
 
 def annotated(unit: Unit, result: Result) -> NotebookNode:
     """The released notebook with a student's answers, helper cells, outputs, verdicts and scores.
 
-    The metadata are nbgrader's. What the student wrote is in it as text: no HTML that runs, no escape codes.
+    The metadata are nbgrader's. What the student wrote is shown as text: no active HTML, no escape codes.
     """
     verdicts = {verdict.grade_id: verdict for verdict in result.verdicts}
     own = {cell["number"]: cell for cell in _cut(result.cells)}
@@ -76,7 +76,7 @@ def _exporter() -> Any:
 
 
 def _cut(cells: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The cells, with as much of their code and output as a page can hold."""
+    """The cells, their code and output cut to `SHOWN` characters in all."""
     left = SHOWN
     for cell in cells:
         texts = {}
@@ -105,8 +105,8 @@ def _places(unit: Unit, result: Result) -> dict[str, int | None]:
 def _head(result: Result) -> NotebookNode:
     lines = [f"Graded {result.date}, from the file {result.file}."] if result.file else []
     lines += [f"- {remark}" for remark in result.remarks]
-    words = re.sub(r"([!-,./:-@[-`{-~])", r"\\\1", "\n".join(lines))  # names of files are no markup
-    return v4.new_markdown_cell(html.escape(words.replace("\\<", "<"), quote=False), id="remarks")
+    text = re.sub(r"([!-,./:-@[-`{-~])", r"\\\1", "\n".join(lines))  # Markdown in a file's name is escaped
+    return v4.new_markdown_cell(html.escape(text.replace("\\<", "<"), quote=False), id="remarks")
 
 
 def _code(own: dict[str, Any]) -> NotebookNode:
@@ -116,7 +116,7 @@ def _code(own: dict[str, Any]) -> NotebookNode:
 
 
 def _harmless(markdown: str | None) -> str:
-    """Markdown without HTML that runs, and without links, which nbconvert makes of `[x](javascript:…)` too."""
+    """Markdown without active HTML and without links: nbconvert makes one of `[x](javascript:…)` too."""
     from nbconvert.preprocessors.sanitize import SanitizeHTML
 
     return re.sub(r"\](?=[(:])", "] ", SanitizeHTML().sanitize_html_tags(plain(markdown, MAX_ANSWER)))
@@ -131,6 +131,6 @@ def _score(cell: NotebookNode, verdict: Verdict | None) -> None:
         return
     cell.metadata.nbgrader |= {"score": verdict.points or 0, "points": verdict.maximum}
     if cell.cell_type == "code":
-        cell.outputs = [_printed(verdict.words)]
+        cell.outputs = [_printed(verdict.message)]
     else:
-        cell.metadata.nbgrader["comment"] = verdict.words
+        cell.metadata.nbgrader["comment"] = verdict.message

@@ -1,10 +1,10 @@
-"""What passes between the grader and a student's process: values, and nothing that is run to be read.
+"""Messages between the grader and a student's process: values only, and decoding runs no code.
 
 A message is a frame: the sizes of its two parts, a JSON header, and the bytes of its tensors. Numbers, None, short
-strings, tensors, and tuples and lists of those are values; everything else is refused. The grader trusts nothing that
-comes back, so `decode` checks every field, and each limit stands before the memory it would take is asked for.
+strings, tensors, and tuples and lists of those are values; everything else is refused. The grader trusts no message:
+`decode` checks every field, and checks each size before it allocates.
 
-This file is also all of the course that the student's process sees: it needs the standard library and torch alone.
+The student's process uses this file too, so it imports the standard library and torch alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 MAX_HEADER = 4 << 20  # bytes of JSON: the source of a notebook's cells goes over in one
-MAX_BYTES = 256 << 20  # of all tensors in a message
+MAX_BYTES = 256 << 20  # of all tensors in a message, together
 MAX_ITEMS = 4096  # in a tree
 MAX_DEPTH = 8
 MAX_TEXT = 20_000  # characters
@@ -38,7 +38,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class ProtocolError(Exception):
-    """A message that is not one: cut short, too large, or not of the form above."""
+    """An invalid message: cut short, too large, or not of the form above."""
 
 
 class NotAValue(TypeError):
@@ -46,19 +46,19 @@ class NotAValue(TypeError):
 
 
 class Channel:
-    """Frames over a socket, each with a deadline that the other side cannot stretch."""
+    """Sends and receives frames over a socket, each by a deadline that the other side cannot extend."""
 
     def __init__(self, connection: socket.socket):
         connection.setblocking(False)
         self._socket = connection
-        self._came = bytearray()  # read, and not yet asked for
+        self._came = bytearray()  # read from the socket, not yet returned
 
     def send(self, message: dict[str, Any], blobs: list[memoryview] | None = None, seconds: float = math.inf) -> None:
         """Sends a JSON object, and bytes beside it.
 
         Raises:
             TimeoutError: the other side does not read.
-            ConnectionError: it is gone.
+            ConnectionError: it has closed the connection.
         """
         header = json.dumps(message, allow_nan=False).encode()
         blobs = blobs or []
@@ -71,12 +71,12 @@ class Channel:
         """The next JSON object, and the bytes that came beside it.
 
         Raises:
-            TimeoutError: not all of it came in time.
-            ConnectionError: the other side is gone.
-            ProtocolError: what came is no frame.
+            TimeoutError: the message was not complete in time.
+            ConnectionError: the other side has closed the connection.
+            ProtocolError: not a valid frame.
         """
         deadline = time.monotonic() + seconds
-        if seconds <= 0:  # who sends without a pause never makes us wait
+        if seconds <= 0:  # `_wait` checks the deadline, but is not called where data is always ready
             raise TimeoutError
         header_size, size = struct.unpack(">IQ", self._receive(12, deadline))
         if header_size > MAX_HEADER or size > MAX_BYTES:
@@ -110,7 +110,7 @@ class Channel:
         return data
 
     def _read_some(self, rest: memoryview) -> int:
-        """Fills the beginning of `rest`; what comes beyond its end is kept for the next time."""
+        """Fills the beginning of `rest`; further bytes are kept for the next call. Returns the number filled."""
         if len(rest) >= 1 << 16:
             count = self._socket.recv_into(rest)
         else:
@@ -209,7 +209,7 @@ def decode(tree: Any, blob: bytearray, handle: Callable[[Any], Any] | None = Non
     decoder = _Decoder(blob, handle)
     try:
         value = decoder.value(tree, 0)
-    except RuntimeError as error:  # torch cannot make such a tensor: [0, 2**39, 2**39] is one
+    except RuntimeError as error:  # torch refuses some shapes, such as [0, 2**39, 2**39]
         raise ProtocolError(str(error)[:200]) from None
     if decoder.used != len(blob):
         raise ProtocolError(f"{len(blob) - decoder.used} bytes that belong to no tensor")
