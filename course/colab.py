@@ -70,6 +70,7 @@ def missing_requirements(pyproject: Path) -> list[str]:
 
 
 def is_installed(distribution: str) -> bool:
+    """Whether a distribution is installed, in any version."""
     try:
         importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -78,6 +79,7 @@ def is_installed(distribution: str) -> bool:
 
 
 def install(requirements: list[str]) -> None:
+    """Installs requirements with pip, without their dependencies; exits where pip fails."""
     # With their dependencies, pip could replace Colab's torch or IPython under the running notebook.
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *requirements]
     pip = subprocess.run(command, capture_output=True, text=True)

@@ -80,19 +80,23 @@ def table(found: list[Row]) -> Table:
 
 
 def machine() -> Row:
+    """The operating system, the processor and its cores."""
     return Row("machine", "yes", f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores")
 
 
 def python() -> Row:
+    """The version of Python, and whether the course is tested with it."""
     tested = (3, 11) <= sys.version_info[:2] <= (3, 13)
     return Row("Python", "yes" if tested else "no", platform.python_version(), "" if tested else "needs 3.11 to 3.13")
 
 
 def torch_version() -> Row:
+    """The version of torch, and its threads."""
     return Row("torch", "yes", torch.__version__, f"{torch.get_num_threads()} threads")
 
 
 def cuda() -> Row:
+    """The CUDA device, and what its generation can run."""
     if not torch.cuda.is_available():
         return Row("CUDA device", "no", "none", "lessons run on the CPU; GPU figures are stored measurements")
     properties = torch.cuda.get_device_properties(0)
@@ -103,6 +107,7 @@ def cuda() -> Row:
 
 
 def triton(mode: TritonMode) -> Iterator[Row]:
+    """Triton's version, where its kernels run, and whether a small product comes out right there."""
     if mode.name == "none":
         yield Row("Triton", "no", "none", mode.reason)
         return
@@ -124,14 +129,17 @@ def test_row(name: str, test: SelfTest, trap: str) -> Row:
 
 
 def flash_attn() -> Row:
+    """flash-attn, if it is installed."""
     return peer("flash-attn", "flash_attn", "optional; `make gpu` installs it on a CUDA machine")
 
 
 def flash_attn_3() -> Row:
+    """FlashAttention-3's Hopper build, if it is installed."""
     return peer("FlashAttention-3", "flash_attn_interface", "optional; Hopper (sm_90) only, built from its sources")
 
 
 def peer(name: str, module: str, without: str) -> Row:
+    """A library to compare with: its version, or why it is not used."""
     if importlib.util.find_spec(module) is None:
         return Row(name, "no", "not installed", without)
     try:
@@ -168,6 +176,7 @@ def kernels_package() -> Row:
 
 
 def lessons(mode: TritonMode) -> Iterator[Row]:
+    """How each lesson runs on this machine."""
     for notebook in lesson_notebooks():
         number, title = notebook.stem.split("_", 1)
         if number in LESSON_NEEDS:  # not a notebook of the reader's own
@@ -176,6 +185,7 @@ def lessons(mode: TritonMode) -> Iterator[Row]:
 
 
 def lesson_notebooks() -> list[Path]:
+    """The notebooks of the lessons, in order."""
     return sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
 

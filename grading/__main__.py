@@ -76,6 +76,7 @@ def show(todo: list[batch.StudentUnit], options: argparse.Namespace, manner: bat
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line: the submissions, and where, how and how fast to grade them."""
     parser = argparse.ArgumentParser(prog="python -m grading", description=__doc__)
     parser.add_argument("submissions", type=Path, help="a folder with a folder for each student")
     parser.add_argument("--unit", default="", help="only the unit whose name begins so, as in 02")

@@ -83,6 +83,7 @@ def _version(package: str) -> str:
 
 
 def result_path(grades: Path, slug: str, unit: str) -> Path:
+    """Where the result of one student's unit is stored."""
     return grades / "results" / slug / f"{unit}.json"
 
 

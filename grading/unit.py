@@ -127,22 +127,27 @@ def find_units(root: Path = ROOT, only: str = "") -> list[Unit]:
 
 
 def is_answer(cell: NotebookNode) -> bool:
+    """Whether a student writes code in this cell."""
     return cell.cell_type == "code" and _flag(cell, "solution")
 
 
 def is_test(cell: NotebookNode) -> bool:
+    """Whether the cell gives points by running assertions."""
     return cell.cell_type == "code" and _flag(cell, "grade") and not _flag(cell, "solution")
 
 
 def is_text(cell: NotebookNode) -> bool:
+    """Whether a student writes prose in this cell, which a person grades."""
     return cell.cell_type == "markdown" and _flag(cell, "grade") and _flag(cell, "solution")
 
 
 def grade_id(cell: NotebookNode) -> str:
+    """nbgrader's id of a cell, empty where it has none."""
     return cell.metadata.get("nbgrader", {}).get("grade_id", "")
 
 
 def points(cell: NotebookNode) -> float:
+    """The points that a graded cell is worth."""
     return float(cell.metadata.nbgrader.points)
 
 

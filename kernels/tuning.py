@@ -135,6 +135,7 @@ def tune(kernel: str, headdim: int, dtype: torch.dtype, run: Callable[[], object
 
 
 def this_gpu() -> str:
+    """The target of the GPU at hand, such as "sm_90"."""
     return target_of(torch.cuda.get_device_capability())
 
 

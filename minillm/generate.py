@@ -33,6 +33,11 @@ class TextGenerator:
 
     Raises:
         ValueError: where `weights` is unknown, or not "same" without the `Decoder`.
+
+    Example:
+        >>> generator = TextGenerator()
+        >>> generator.answer("My favourite dish is ramen. What is my favourite dish?", temperature=0)
+        'Your favourite dish is ramen.'
     """
 
     def __init__(

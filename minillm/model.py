@@ -27,6 +27,11 @@ class MiniLLM(nn.Module):
 
     Source:
         Llama (Touvron et al., arXiv 2302.13971), section 2.2; grouped queries from arXiv 2305.13245.
+
+    Example:
+        >>> model = MiniLLM(ModelConfig.small())
+        >>> model(torch.tensor([[4, 5, 6]])).shape  # logits
+        torch.Size([1, 3, 1536])
     """
 
     def __init__(self, config: ModelConfig):

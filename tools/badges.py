@@ -46,6 +46,7 @@ def repository_address(pyproject: Path) -> str:
 
 
 def on_github(address: str) -> bool:
+    """Whether an address is a repository on GitHub, the only ones that Colab opens."""
     return re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", address) is not None
 
 
@@ -60,6 +61,7 @@ def stale_files(root: Path) -> dict[Path, str]:
 
 
 def notebooks(root: Path) -> list[Path]:
+    """The notebooks that carry a badge."""
     return [root / path for path in run_tests.notebooks(root, FOLDERS)]
 
 
@@ -99,6 +101,7 @@ def badge(address: str, path: str) -> str:
 
 
 def lines_of(text: str) -> list[str]:
+    """The lines of a text, each with its newline, as a notebook stores them."""
     # Not splitlines(), which also splits where a notebook does not.
     return re.findall(r"[^\n]*\n|[^\n]+", text)
 

@@ -95,6 +95,7 @@ def notebooks(root: Path = ROOT, folders: Iterable[str] = ("notebooks", "solutio
 
 
 def python_module(*command: str) -> int:
+    """Runs `python -m …` from the root, without network or progress of one's own; returns the exit status."""
     with tempfile.TemporaryDirectory() as folder:
         # The course runs without a network, so its tests do too; and a test ticks off none of your exercises.
         own = {"HF_HUB_OFFLINE": "1", "MINILLM_PROGRESS": str(Path(folder, "progress.json"))}

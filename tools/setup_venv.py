@@ -70,10 +70,12 @@ def fingerprint() -> list[str]:
 
 
 def python_in(venv: Path) -> Path:
+    """The interpreter of a virtual environment."""
     return venv / "bin" / "python"
 
 
 def make_venv() -> None:
+    """Makes an empty `.venv` in place of the old one; exits where Python or the disk does not allow it."""
     if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
         package = f"python{sys.version_info[0]}.{sys.version_info[1]}-venv"
         sys.exit(f"This Python cannot make a virtual environment. On Debian or Ubuntu: sudo apt install {package}")
@@ -89,6 +91,7 @@ def make_venv() -> None:
 
 
 def install() -> None:
+    """Installs the course and its extras into `.venv`; exits with the cure where pip fails."""
     command = [str(python_in(VENV)), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
     command += ["--no-compile"]  # of ten thousand files that are never imported: a minute less
     command += ["--constraint", "constraints.txt", "--editable", f".[{EXTRAS}]"]

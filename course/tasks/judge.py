@@ -140,6 +140,7 @@ def extra_memory_below(limit: int, function: Callable, *inputs: Any, too_much: s
 
 
 def as_tuple(result: Any) -> tuple:
+    """A function's result as a tuple, whether it returned one value or several."""
     return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
 

@@ -34,6 +34,8 @@ def forward_case(n_q: int, n_k: int, *, causal: bool = False, times: float = 1, 
 
 
 def backward_case(n_q: int, n_k: int, *, causal: bool = False, asks: str = "") -> Case:
+    """A comparison of `backward_program` on random inputs, gradients and counted launches included."""
+
     def judge(function: Callable, generator: Generator) -> None:
         q, k, v = random_rows(n_q, n_k, 16, generator)
         grad_out = torch.randn(n_q, 16, generator=generator)

@@ -72,14 +72,13 @@ def filled_cache(prompts: tuple[int, ...], new_tokens: int, capacity: int, heads
     for counts in (prompts, *[(1,) * len(prompts)] * new_tokens):
         new = torch.zeros(len(prompts), max(counts), heads_k, config.head_dim)
         for layer in range(config.num_hidden_layers):
-            cache.update(new, new, layer, counts)
+            cache.append(new, new, layer, counts)
         states.append(_state(cache))
     return states
 
 
 def _state(cache: KVCache) -> Filling:
-    used = cache.nbytes * sum(cache.lengths) // (cache.batch_size * cache.capacity)
-    return Filling(cache.lengths, cache.capacity, cache.nbytes, used)
+    return Filling(cache.lengths, cache.capacity, cache.nbytes, cache.used_bytes)
 
 
 def _filler(prompts: tuple[int, ...], new_tokens: int) -> Callable[..., Drawn]:

@@ -44,6 +44,12 @@ def compile_kernels(jobs: Iterable[Job], cache: Path = CACHE) -> list[Compiled]:
     Raises:
         ValueError: where a target is not supported, or a kernel's module does not exist.
         RuntimeError: where the compiling child process fails.
+
+    Example:
+        >>> from kernels.flash_attention.jobs import flash_attention_jobs
+        >>> job = next(iter(flash_attention_jobs("sm_90", headdims=(64,)).values()))
+        >>> list(compile_kernels([job])[0].instructions)
+        ['wgmma']
     """
     jobs = list(jobs)
     for job in jobs:

@@ -56,6 +56,15 @@ def emulate(
             interleaving is a `Race` too.
         NotModelled: where the kernel uses what the emulator does not model.
         TypeError: where the kernel is no `@gluon.jit` function, or the arguments do not fit it.
+
+    Example:
+        >>> from triton.experimental.gluon import language as gl
+        >>> from kernels.emulator.example import double_kernel
+        >>> x = torch.ones(32, 64, dtype=torch.float16)
+        >>> layout = gl.NVMMASharedLayout.get_default_for([32, 64], gl.float16)
+        >>> blocks = [TensorDescriptor.from_tensor(y, [32, 64], layout) for y in (x, torch.zeros_like(x))]
+        >>> emulate(double_kernel, (1,), *blocks, FENCED=True, explore=5)
+        Run(programs=1, interleavings=6, different=5)
     """
     if not isinstance(kernel, GluonJITFunction):
         raise TypeError(f"kernel is {type(kernel).__name__}, wants a function decorated with @gluon.jit")

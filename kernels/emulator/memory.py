@@ -245,4 +245,5 @@ def allocate(name: str, dtype: Any, shape: list[int], layout: Any) -> MemDesc:
 
 
 def poison(data: torch.Tensor) -> None:
+    """Fills a tensor with what nothing computes by accident: NaN, or the smallest integer."""
     data.fill_(torch.nan if data.dtype.is_floating_point else torch.iinfo(data.dtype).min)

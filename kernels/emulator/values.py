@@ -48,6 +48,7 @@ def gluon_type(dtype: torch.dtype) -> Any:
 
 
 def bad_layout(what: str, cure: str = "") -> BadLayout:
+    """A `BadLayout` report at the kernel's current line."""
     return BadLayout(what, [Event("here", here(), "compiler")], cure)
 
 

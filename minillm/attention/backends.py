@@ -50,6 +50,13 @@ def attention(
     Raises:
         ValueError, TypeError: where the tensors are no attention input, the back end is unknown, or the back end
             that was asked for by name cannot do it.
+
+    Example:
+        >>> q = torch.randn(1, 5, 8, 64)
+        >>> k, v = torch.randn(2, 1, 12, 2, 64)  # four query heads on each KV head
+        >>> out, lse = attention(q, k, v, causal=True, return_lse=True)
+        >>> out.shape, lse.shape
+        (torch.Size([1, 5, 8, 64]), torch.Size([1, 8, 5]))
     """
     options = Options(causal, softmax_scale, window_size, softcap, return_lse, block_q, block_k)
     return _run(q, Keys(k, v), options, backend)
@@ -75,6 +82,12 @@ def attention_varlen(
 
     Source:
         The interface of flash-attn's `flash_attn_varlen_func`, less its max_seqlen arguments.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 7, 2, 16)  # sequences of 3 and of 4 tokens
+        >>> cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32)
+        >>> attention_varlen(q, k, v, cu_seqlens, cu_seqlens, causal=True).shape
+        torch.Size([7, 2, 16])
     """
     return attend(q, Keys(k, v, cu_seqlens_k), backend=backend, cu_seqlens_q=cu_seqlens_q, **options)
 
@@ -106,6 +119,11 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **
     Raises:
         ValueError: where the back end is unknown, or asked for by name and cannot do it.
         TypeError: where an option is unknown.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 5, 2, 16)
+        >>> print(choose_backend(q, k, v, backend="tiled"))
+        tiled: asked for by name
     """
     return _choose(q, Keys(k, v), Options(**options), backend)
 

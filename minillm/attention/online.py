@@ -63,6 +63,11 @@ def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> t
 
     Source:
         FlashInfer (arXiv 2501.01005), section 2.2, the ⊕ of attention states; its LSE is base 2, ours base e.
+
+    Example:
+        >>> out, lse = torch.ones(1, 1, 1, 2), torch.zeros(1, 1, 1)
+        >>> merge_state(out, lse, 3 * out, lse)[0]  # equal weights: the mean
+        tensor([[[[2., 2.]]]])
     """
     for name, out, lse in (("a", out_a, lse_a), ("b", out_b, lse_b)):
         if out.shape != out_a.shape or lse.shape != lse_a.shape or lse.transpose(-1, -2).shape != out.shape[:-1]:

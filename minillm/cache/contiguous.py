@@ -14,8 +14,8 @@ from minillm.config import ModelConfig
 class KVCache:
     """Keys and values of the tokens so far, for every layer; each row of the batch has its own length.
 
-    A row's tokens lie in slots 0 to length - 1 without gaps, keys after RoPE. The slots behind them hold zeros: a longer
-    row's step reads those too, with weight 0, and 0 times a stale NaN would be NaN.
+    A row's tokens lie in slots 0 to length - 1 without gaps, keys after RoPE. The slots behind them are zeros: the step
+    of a longer row reads those too, with weight 0, and 0 times a stale NaN would be NaN.
 
     Args:
         config: the model's shape; its `max_position_embeddings` is the limit of a row.
@@ -29,6 +29,14 @@ class KVCache:
 
     Raises:
         ValueError: where a size makes no sense.
+
+    Example:
+        >>> config = ModelConfig.small()
+        >>> cache = KVCache(config, batch_size=1, capacity=16)
+        >>> for layer in range(config.num_hidden_layers):
+        ...     keys = cache.append(*torch.randn(2, 1, 5, 2, 32), layer)
+        >>> cache.lengths, cache.nbytes  # 4 layers · 2 · 16 slots · 2 heads · 32 numbers of 4 bytes
+        ([5], 32768)
     """
 
     def __init__(

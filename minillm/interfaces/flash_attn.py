@@ -52,6 +52,11 @@ def flash_attn_func(
 
     Raises:
         ValueError, TypeError: where an argument is not supported or the tensors do not fit each other.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 5, 2, 16)
+        >>> flash_attn_func(q, k, v, causal=True).shape
+        torch.Size([1, 5, 2, 16])
     """
     _refuse(dropout_p=dropout_p, alibi_slopes=alibi_slopes)
     options: dict[str, Any] = dict(
@@ -98,6 +103,12 @@ def flash_attn_varlen_func(
     Raises:
         ValueError, TypeError: as `flash_attn_func`; and, for tensors on a CPU, where a sequence is longer than
             max_seqlen says (on a GPU the call would have to wait to find out).
+
+    Example:
+        >>> q, k, v = torch.randn(3, 7, 2, 16)  # sequences of 3 and of 4 tokens
+        >>> cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32)
+        >>> flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 4, 4, causal=True).shape
+        torch.Size([7, 2, 16])
     """
     _refuse(dropout_p=dropout_p, alibi_slopes=alibi_slopes, block_table=block_table)
     keys = Keys(k, v, cu_seqlens_k, max_seqlen=max_seqlen_k)

@@ -53,6 +53,11 @@ def error_budget(
 
     Source:
         flash-attn's tests compare in this way (factor 2, gradients 3).
+
+    Example:
+        >>> x = torch.rand(100, dtype=torch.float64)
+        >>> bool(error_budget(x.float(), x.float(), x)), bool(error_budget(x.float() + 1e-3, x.float(), x))
+        (True, False)
     """
     if ours.shape != reference.shape:
         return Budget(torch.inf, 0, f"shape {tuple(ours.shape)}, expected {tuple(reference.shape)}")

@@ -26,6 +26,7 @@ def ridge(gpu: GPU, dtype: str | None = None) -> float:
         FLOPs a byte. Below it, work is bound by memory; above it, by computing.
 
     Example:
+        >>> from minillm.measure import GPUS
         >>> round(ridge(GPUS["H100"]))
         295
     """
@@ -47,6 +48,7 @@ def attainable(gpu: GPU, intensity: float, dtype: str | None = None) -> float:
         ValueError: intensity is negative.
 
     Example:
+        >>> from minillm.measure import GPUS
         >>> attainable(GPUS["H100"], intensity=1) / 1e12  # one operation a byte, as in decoding in bf16: TFLOP/s
         3.35
     """
@@ -70,6 +72,7 @@ def time_bound(gpu: GPU, flops: float, nbytes: float, dtype: str | None = None) 
         ValueError: flops or nbytes is negative.
 
     Example:
+        >>> from minillm.measure import GPUS
         >>> seconds = time_bound(GPUS["H100"], flops=2e9, nbytes=2e9)  # one token by a billion weights in bf16
         >>> f"{seconds * 1e3:.1f} ms"  # memory is the limit: computing takes 0.002 ms
         '0.6 ms'

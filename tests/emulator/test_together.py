@@ -341,9 +341,7 @@ def test_an_accumulator_that_was_waited_for_is_a_tensor():
 
 
 def test_a_seed_gives_the_same_orders_every_time():
-    assert emulate(handover_kernel, (2,), True, 24, explore=30, seed=3) == emulate(
-        handover_kernel, (2,), True, 24, explore=30, seed=3
-    )
+    assert len({emulate(handover_kernel, (2,), True, 24, explore=30, seed=3) for _ in range(2)}) == 1
 
 
 def test_the_report_says_which_program_and_which_order():
