@@ -5,9 +5,9 @@ at once and returns nothing, like `figures.show`.
 """
 
 from course.widgets.cache import cache_filling
-from course.widgets.grid import program_grid
+from course.widgets.grid import program_grid, tiles_by_program
 from course.widgets.maps import attention_maps
 from course.widgets.softmax import online_softmax
 from course.widgets.walk import tile_walk
 
-__all__ = ["attention_maps", "cache_filling", "online_softmax", "program_grid", "tile_walk"]
+__all__ = ["attention_maps", "cache_filling", "online_softmax", "program_grid", "tile_walk", "tiles_by_program"]

@@ -15,7 +15,7 @@ import triton.language as tl
 
 import kernels
 from benchmarks.correctness import assert_right, naive_one_by_one, random_ragged
-from course.widgets import programs
+from course.widgets import tiles_by_program
 from kernels import tuning
 from kernels.flash_attention import Ragged, flash_attention
 from kernels.runtime import prepare
@@ -174,7 +174,7 @@ def bounds_kernel(out, first, stop, left, right, length, BLOCK: tl.constexpr, LE
 @pytest.mark.parametrize("window_size", [(-1, -1), (-1, 0), (20, 0), (20, 5), (0, 100)], ids=str)
 def test_the_kernel_visits_the_tiles_that_the_picture_shows(seqlens, window_size):
     """`course.widgets.programs` says which tiles a program visits, and which masked; the kernel's loops agree."""
-    for program in programs(Visibility(*seqlens, window_size=window_size), 16, 16):
+    for program in tiles_by_program(Visibility(*seqlens, window_size=window_size), 16, 16):
         out = torch.zeros(4, dtype=torch.int32, device=DEVICE)
         shift = seqlens[1] - seqlens[0]
         rows = (program.queries.start + shift, program.queries.stop + shift)
