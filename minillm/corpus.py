@@ -220,7 +220,7 @@ def training_dialogue(
 
     Half of the dialogues keep all their questions for the end, so that answers lie far from facts;
     in the others the questions come in between. In a hard one, more is asked that was not said, and in words that
-    are close to what was («my favourite band», when the favourite dish is known).
+    are close to what was ("my favourite band", when the favourite dish is known).
     """
     facts = random_facts(rng, rng.randint(1, max_facts), odd=0.4)
     stated = [fact.statement for fact in facts]

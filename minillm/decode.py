@@ -137,7 +137,7 @@ class Decoder:
 
         self._x = buffer(self.config.hidden_size)
         self._row = self._x[0]
-        self._one_row = batch_size == 1 and not self._x.is_cuda  # on a GPU, to read the number would be to wait
+        self._one_row = batch_size == 1 and not self._x.is_cuda  # on a GPU, reading the number would synchronise
         self._logits = buffer(self.config.vocab_size)
         self._gate_up = buffer(2 * self.config.intermediate_size)
         self._gate, self._up = self._gate_up.chunk(2, -1)

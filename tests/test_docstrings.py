@@ -14,7 +14,7 @@ PACKAGES = ("minillm", "kernels", "course", "grading", "tools", "benchmarks")
 MODULES = {name: module for name, module in read_modules().items() if name.split(".")[0] in PACKAGES}
 
 BEGIN_WITH = {
-    "minillm.attention.backends": ["attention", "attention_varlen", "choose_backend"],
+    "minillm.attention.backends": ["attend", "attention", "attention_varlen", "choose_backend"],
     "minillm.attention.online": ["merge_state"],
     "minillm.cache.contiguous": ["KVCache"],
     "minillm.checkpoint": ["load_checkpoint"],

@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 
 from tools.architecture import FLOOR_OF, PICTURE, PLACES, describe, direct, draw
-from tools.imports import INSIDE, ROOMS, ROOT, Module, edges, find_imports, find_violations, read_modules, table
+from tools.imports import (
+    INSIDE,
+    ROOMS,
+    ROOT,
+    Module,
+    edges,
+    find_cycle,
+    find_imports,
+    find_violations,
+    read_modules,
+    table,
+)
 
 MODULES = read_modules()
 IMPORTS = find_imports(MODULES)
@@ -32,6 +43,16 @@ def test_the_plan_itself_only_goes_down():
 def test_every_room_and_every_part_that_has_rules_is_there():
     assert {name.split(".")[0] for name in MODULES} == ROOMS.keys()
     assert MODULES.keys() >= INSIDE.keys()
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert find_cycle(MODULES) == []
+
+
+def test_every_folder_with_python_in_it_is_a_room():
+    others = {"tests", "build", "runs"}  # not shipped, not read
+    folders = {path.parent.name for path in ROOT.glob("*/*.py")} - others
+    assert folders <= ROOMS.keys()
 
 
 def test_no_file_is_longer_than_the_ceiling_without_a_reason():
@@ -95,6 +116,12 @@ def test_a_tree_that_follows_the_plan_has_no_violation(plant):
     [
         ("kernels/tiles.py", "import minillm.cache", "kernels.tiles, line 1, imports minillm.cache"),
         ("kernels/tiles.py", "def f():\n  from minillm import cache", "kernels.tiles, line 2, imports minillm.cache"),
+        (
+            "kernels/tiles.py",
+            "import importlib\nimportlib.import_module('minillm.cache')",
+            "line 2, imports minillm.cache",
+        ),
+        ("kernels/tiles.py", "x = __import__('minillm.cache')", "kernels.tiles, line 1, imports minillm.cache"),
         ("minillm/rope.py", "from course.grading_words import x", "imports course.grading_words"),
         ("minillm/rope.py", "try:\n    import grading\nexcept ImportError: pass", "line 2, imports grading"),
         ("course/doctor.py", "from grading import release", "course.doctor, line 1, imports grading"),
@@ -124,10 +151,24 @@ def test_a_planted_import_is_named(plant, path, source, violation):
 def test_a_notebook_is_read_too_and_its_magics_are_not(plant):
     notebook = '{"cells": [{"cell_type": "markdown", "source": ["import tools"]}, {"cell_type": "code", "source": '
     notebook += (
-        '["%matplotlib inline\\n", "import grading\\n", "!ls"]}, {"cell_type": "code", "source": ["%%bash\\n"]}]}'
+        '["%matplotlib inline\\n", "import grading\\n", "for x in ():\\n", "    !ls"]}, '
+        '{"cell_type": "code", "source": ["%%bash\\n"]}]}'
     )
     modules = plant(INNOCENT | {"notebooks/01_one.ipynb": notebook})
     assert list(map(str, find_violations(find_imports(modules)))) == ["notebooks.01_one, line 2, imports grading"]
+
+
+def test_a_timed_cell_is_python_too(plant):
+    notebook = '{"cells": [{"cell_type": "code", "source": ["%%time\\n", "import grading"]}]}'
+    (found,) = find_violations(find_imports(plant(INNOCENT | {"notebooks/01_one.ipynb": notebook})))
+    assert str(found) == "notebooks.01_one, line 2, imports grading"
+
+
+def test_a_circle_is_named_and_a_late_import_makes_none(plant):
+    files = {"minillm/a.py": "import minillm.b", "minillm/b.py": "import minillm.c"}
+    assert find_cycle(plant(files | {"minillm/c.py": "def f():\n    import minillm.a"})) == []
+    circle = find_cycle(plant(files | {"minillm/c.py": "import minillm.a"}))
+    assert circle == ["minillm.a", "minillm.b", "minillm.c", "minillm.a"]
 
 
 def test_a_long_file_is_named(plant, tmp_path):

@@ -92,7 +92,7 @@ def test_the_stored_picture_is_the_one_that_was_asked_for():
 def test_a_token_is_text_and_not_markup():
     words = softmax._in_words(4, SCORES, TOKENS, softmax.online_states(SCORES))
     shown = explorer.Explorer("any", lambda step: (b"", words), {"step": IntSlider()})
-    assert "«<b>»" in shown.alt and "«&lt;b&gt;»" in shown.text.value
+    assert "“<b>”" in shown.alt and "“&lt;b&gt;”" in shown.text.value
 
 
 def test_shapes_that_do_not_belong_together_are_refused():

@@ -37,6 +37,8 @@ FLOORS = (
     ("minillm",),
     ("kernels",),
 )
+PYTHON_MAGICS = ("%%time", "%%timeit", "%%capture", "%%prun")  # a cell that begins so is Python below its first line
+
 # What a part may import of its own room, beside itself.
 INSIDE = {
     "minillm.attention": ("minillm.measure.traffic",),
@@ -100,9 +102,12 @@ def _read(path: Path, relative: Path) -> Module:
 
 def _without_magics(cell: str) -> str:
     """A cell's Python, without IPython's commands (%timeit, !ls); of a cell in another language (%%bash), nothing."""
-    if cell.startswith("%%"):
+    if cell.startswith("%%") and not cell.startswith(PYTHON_MAGICS):
         return ""
-    return "\n".join("" if line.startswith(("%", "!")) else line for line in cell.splitlines())
+    return "\n".join(
+        line[: len(line) - len(line.lstrip())] + "pass" if line.lstrip().startswith(("%", "!")) else line
+        for line in cell.splitlines()
+    )
 
 
 def find_imports(modules: dict[str, Module]) -> list[Import]:
@@ -131,6 +136,10 @@ def _imported_names(module: Module) -> Iterator[tuple[int, str]]:
             above = package[: len(package) + 1 - node.level] if node.level else []
             parts = [*above, *([node.module] if node.module else [])]
             yield from ((node.lineno, ".".join([*parts, alias.name])) for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__"):
+                yield node.lineno, str(node.args[0].value)
 
 
 def find_violations(imports: list[Import]) -> list[Import]:
@@ -145,6 +154,30 @@ def _allowed(module: str, target: str) -> bool:
     part = ".".join(module.split(".")[:2])
     allowed = (part, *INSIDE[part]) if part in INSIDE else (room,)
     return any(f"{target}.".startswith(f"{prefix}.") for prefix in allowed)
+
+
+def find_cycle(modules: dict[str, Module]) -> list[str]:
+    """A circle of modules that import each other at their top level; empty where there is none."""
+    imported: dict[str, set[str]] = {name: set() for name in modules}
+    top = {name: Module(name, m.path, m.lines, ast.Module(_at_import(m.tree), [])) for name, m in modules.items()}
+    for found in find_imports(top):
+        imported[found.module].add(found.target)
+    seen: set[str] = set()
+
+    def walk(name: str, way: list[str]) -> list[str]:
+        if name in way:
+            return [*way[way.index(name) :], name]
+        if name in seen:
+            return []
+        seen.add(name)
+        return next((circle for below in sorted(imported[name]) if (circle := walk(below, [*way, name]))), [])
+
+    return next((circle for name in imported if (circle := walk(name, []))), [])
+
+
+def _at_import(tree: ast.Module) -> list[ast.stmt]:
+    """The statements that run when a module is imported; those for type checkers do not."""
+    return [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
 
 
 def room_of(name: str, inside: str = "") -> str:

@@ -34,8 +34,8 @@ def attention_maps(probabilities: Sequence[Tensor], tokens: Sequence[str], *, la
         axes.title.set_text(f"layer {layer}, head {head}")
         key = int(weights[-1].argmax())
         words = (
-            f"Layer {layer}, head {head}: the last query, «{tokens[-1]}», gives its largest weight, "
-            f"{weights[-1, key]:.2f}, to «{tokens[key]}» (token {key + 1} of {len(tokens)})."
+            f"Layer {layer}, head {head}: the last query, “{tokens[-1]}”, gives its largest weight, "
+            f"{weights[-1, key]:.2f}, to “{tokens[key]}” (token {key + 1} of {len(tokens)})."
         )
         return stage.png(), words
 

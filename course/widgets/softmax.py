@@ -136,7 +136,7 @@ def _in_words(step: int, scores: Tensor, tokens: Sequence[str], states: list[Sta
     if step == 0:
         return "Nothing is seen yet: m = −∞ and l = 0."
     last, state, score = states[step - 1], states[step], scores[step - 1].item()
-    words = f"Score {step} of {len(scores)}, «{tokens[step - 1]}», is {_number(score)}"
+    words = f"Score {step} of {len(scores)}, “{tokens[step - 1]}”, is {_number(score)}"
     if score == -torch.inf:
         words += " (masked): its weight is 0, and nothing changes."
     elif last.l == 0:

@@ -101,7 +101,7 @@ def counted_walk(seqlen_q: int, seqlen_k: int, headdim: int, block_q: int, block
 
 
 def _note_after_each_tile(traffic: Traffic) -> list[Counter[str]]:
-    """Listens to what comes onto the chip: a tile of queries opens a walk, acc closes a tile."""
+    """Is called with each tensor on the chip: a tile of queries opens a walk, acc closes a tile."""
     moved: list[Counter[str]] = [Counter()]
     hold = traffic.hold
 

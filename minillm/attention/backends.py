@@ -106,26 +106,37 @@ def attend(q: Tensor, keys: Keys, *, backend: str = "auto", **options) -> Any:
 
     Raises:
         ValueError, TypeError: as `attention`; and where arrays of lengths or pages do not fit the tensors.
+
+    Example:
+        >>> q = torch.randn(2, 1, 8, 64)  # one new token in each of two sequences
+        >>> k, v = torch.randn(2, 2, 100, 2, 64)  # room for 100 keys each, of which 7 and 30 are there
+        >>> lengths = torch.tensor([7, 30], dtype=torch.int32)
+        >>> attend(q, Keys(k, v, cache_seqlens=lengths), causal=True).shape
+        torch.Size([2, 1, 8, 64])
     """
     return _run(q, keys, Options(**options), backend)
 
 
-def choose_backend(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **options) -> Choice:
-    """Which back end `attention` runs for these arguments, and why.
+def choose_backend(q: Tensor, k: Tensor | Keys, v: Tensor | None = None, *, backend: str = "auto", **options) -> Choice:
+    """Which back end `attention` or `attend` runs for these arguments, and why.
 
     Args:
-        q, k, v, backend, options: as given to `attention`.
+        q, k, v, backend, options: as given to `attention`; or q, `Keys`, backend and options, as given to `attend`.
 
     Raises:
-        ValueError: where the back end is unknown, or asked for by name and cannot do it.
-        TypeError: where an option is unknown.
+        ValueError, TypeError: where the call itself would raise.
 
     Example:
         >>> q, k, v = torch.randn(3, 1, 5, 2, 16)
         >>> print(choose_backend(q, k, v, backend="tiled"))
         tiled: asked for by name
     """
-    return _choose(q, Keys(k, v), Options(**options), backend)
+    if not isinstance(k, Keys):
+        if v is None:
+            raise TypeError("v is missing: give k and v, or Keys in place of both")
+        k = Keys(k, v)
+    check_call(q, k, asked := Options(**options))
+    return _choose(q, k, asked, backend)
 
 
 @dataclass(frozen=True)
@@ -143,7 +154,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Backend:
-    """An implementation, what speaks for it, and what speaks against it in a call. All are called (q, keys, options).
+    """An implementation, the reason to take it, and the reasons not to. All are called with (q, keys, options).
 
     Args:
         strength: why "auto" takes it.

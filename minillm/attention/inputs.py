@@ -43,15 +43,20 @@ def check_call(q: Tensor, keys: Keys, options: Options) -> None:
         raise ValueError("keys have cu_seqlens, and cache_seqlens or block_table beside them: give one or the other")
     if keys.block_table is not None and keys.cache_seqlens is None:
         raise ValueError("keys have a block_table and no cache_seqlens: they say how many keys each sequence has")
+    if keys.max_seqlen is not None and keys.cu_seqlens is None:
+        raise ValueError(f"max_seqlen is {keys.max_seqlen}, and the keys are not ragged: it goes with cu_seqlens")
+    if options.max_seqlen_q is not None and options.cu_seqlens_q is None:
+        raise ValueError(f"max_seqlen_q is {options.max_seqlen_q}, and q is not ragged: it goes with cu_seqlens_q")
     layout_k = RAGGED if keys.cu_seqlens is not None else PAGED if keys.block_table is not None else PADDED
     _check_tensors(q, RAGGED if options.cu_seqlens_q is not None else PADDED, keys.k, keys.v, layout_k)
     _check_ragged(q, keys, options)
     if keys.cache_seqlens is not None:
         _check_cached(keys.k, keys.cache_seqlens, keys.block_table)
-    if len(options.window_size) != 2 or min(options.window_size) < -1:
-        raise ValueError(f"window_size is {options.window_size}, wants (left, right) with -1 for no limit")
-    if options.softcap < 0:
-        raise ValueError(f"softcap is {options.softcap}, wants a positive number, or 0 for none")
+    window_size, softcap = options.window_size, options.softcap
+    if not (isinstance(window_size, tuple | list) and len(window_size) == 2 and all(map(_is_limit, window_size))):
+        raise ValueError(f"window_size is {window_size}, wants (left, right) in whole numbers with -1 for no limit")
+    if not softcap >= 0:
+        raise ValueError(f"softcap is {softcap}, wants a positive number, or 0 for none")
     for name, size in options.block_sizes.items():
         if size < 1:
             raise ValueError(f"{name} is {size}, wants 1 or more")
@@ -73,8 +78,16 @@ def _check_tensors(q: Tensor, layout_q: str, k: Tensor, v: Tensor, layout_k: str
             raise ValueError(f"{name} has headdim {x.shape[-1]}, q has {q.shape[-1]}: they must agree")
     if v.shape != k.shape:
         raise ValueError(f"v has shape {tuple(v.shape)}, k has {tuple(k.shape)}: they must agree")
-    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2] or q.shape[-2] == 0:
         raise ValueError(f"k has {k.shape[-2]} heads, not a divisor of q's {q.shape[-2]}")
+    if q.shape[-1] == 0:
+        raise ValueError("q, k and v have headdim 0, want 1 or more")
+    if layout_k == PAGED and k.shape[1] == 0:
+        raise ValueError("k has page_size 0, wants 1 or more")
+
+
+def _is_limit(keys: object) -> bool:
+    return isinstance(keys, int) and keys >= -1
 
 
 def _check_ragged(q: Tensor, keys: Keys, options: Options) -> None:
@@ -100,6 +113,8 @@ def _check_ragged(q: Tensor, keys: Keys, options: Options) -> None:
 
 
 def _check_cached(k: Tensor, cache_seqlens: Tensor, block_table: Tensor | None) -> None:
+    if not isinstance(cache_seqlens, Tensor):
+        raise TypeError(f"cache_seqlens is {cache_seqlens!r:.60}, wants an int32 tensor (batch,)")
     if cache_seqlens.ndim != 1 or cache_seqlens.dtype != torch.int32:
         raise ValueError(f"cache_seqlens is {cache_seqlens.dtype} {tuple(cache_seqlens.shape)}, wants int32 (batch,)")
     room = k.shape[1]

@@ -146,8 +146,9 @@ def as_ragged(
     k, v, cu_seqlens_k, max_seqlen_k = keys.k, keys.v, keys.cu_seqlens, keys.max_seqlen
     if cu_seqlens_k is None:
         rows = list(keys.sequences())
+        lengths = [len(key) for key, _ in rows]
         k, v = (torch.cat([x[:0].flatten(0, 1), *(row[i] for row in rows)]) for i, x in enumerate((k, v)))
-        cu_seqlens_k = cu_seqlens_of([len(key) for key, _ in rows], q.device)
+        cu_seqlens_k, max_seqlen_k = cu_seqlens_of(lengths, q.device), max(lengths, default=0)
     if max_seqlen_q is None:
         max_seqlen_q = longest(cu_seqlens_q)
     if max_seqlen_k is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +16,8 @@ from minillm.config import ModelConfig
 class KVCache:
     """Keys and values of the tokens so far, for every layer; each row of the batch has its own length.
 
-    A row's tokens lie in slots 0 to length - 1 without gaps, keys after RoPE. The slots behind them are zeros: the step
-    of a longer row reads those too, with weight 0, and 0 times a stale NaN would be NaN.
+    A row's tokens lie in slots 0 to length - 1 without gaps, keys after RoPE. What `truncate` forgets becomes zeros:
+    the step of a longer row reads those slots too, with weight 0, and 0 times a stale NaN would be NaN.
 
     Args:
         config: the model's shape; its `max_position_embeddings` is the limit of a row.
@@ -164,8 +166,10 @@ class KVCache:
 
         Raises:
             ValueError: where a length is negative, or more than the row has.
+            TypeError: where a length is no integer.
         """
-        wanted = [lengths] * self.batch_size if isinstance(lengths, int) else list(lengths)
+        numbers = torch.as_tensor(lengths).tolist()
+        wanted = [index(number) for number in (numbers if isinstance(numbers, list) else [numbers] * self.batch_size)]
         have = self.lengths
         if len(wanted) != len(have) or any(not 0 <= want <= has for want, has in zip(wanted, have, strict=False)):
             raise ValueError(f"lengths is {lengths}, the rows hold {have}: want 0 to that, for each row")
@@ -184,6 +188,8 @@ class KVCache:
     def check_fits(self, config: ModelConfig, batch_size: int, weight: Tensor) -> None:
         """Raises ValueError where a model with this config and such weights cannot decode so many rows with it."""
         layers, _, rows, _, nheads_k, headdim = self._buffer.shape
+        if not all_equal(self._lengths):
+            raise ValueError(f"kv_cache's layers hold {self._lengths} tokens: truncate it to what all of them hold")
         for name, has, wants in (
             ("batch_size", rows, batch_size),
             ("layers", layers, config.num_hidden_layers),
@@ -207,6 +213,13 @@ class KVCache:
                 f"key has shape {tuple(k.shape)} and value {tuple(v.shape)}, "
                 f"want ({batch}, seqlen, {nheads_k}, {headdim}) for both"
             )
+        holds = self._buffer.dtype
+        for name, x in (("key", k), ("value", v)):
+            if x.device != self._buffer.device or torch.promote_types(x.dtype, holds) != holds:
+                raise ValueError(
+                    f"{name} is {x.dtype} on {x.device}, the cache holds {holds} on {self._buffer.device}: "
+                    "make the cache with the model's dtype and device"
+                )
         if len(counts) != batch or not 0 <= min(counts) <= max(counts) <= k.shape[1]:
             raise ValueError(f"counts is {list(counts)}, wants 0 to {k.shape[1]}, for each of {batch} rows")
 
@@ -254,6 +267,6 @@ def _empty_slots(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
-def all_equal(numbers: Sequence[int]) -> bool:
-    """Whether all rows are equally long: then one slice serves them all."""
-    return all(number == numbers[0] for number in numbers)
+def all_equal(items: Sequence[Any]) -> bool:
+    """Whether all items are the same, such as the lengths of rows: then one slice serves them all."""
+    return all(item == items[0] for item in items)

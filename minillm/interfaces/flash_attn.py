@@ -1,8 +1,8 @@
 """flash-attn's signatures over `minillm.attention`: code written for flash-attn 2 runs with its import changed.
 
-What the back ends do not do (dropout, ALiBi, pages) is refused by name. The lse is always asked for, so "auto" takes
-the Triton kernel on a GPU and the tiled attention elsewhere: PyTorch's fused kernel does not return it. Both give the
-same bits for the same call, so `deterministic` holds either way.
+What these calls do not do (dropout, ALiBi, pages) is refused by name; for pages there is `minillm.attention.attend`.
+The lse is always asked for, so "auto" takes the Triton kernel on a GPU and the tiled attention elsewhere: PyTorch's
+fused kernel does not return it. Both give the same bits for the same call, so `deterministic` holds either way.
 
 Source: flash-attention, flash_attn/flash_attn_interface.py.
 """

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels.runtime import prepare
-from minillm.attention import Keys, attend, backends, naive_attention
+from minillm.attention import Keys, attend, attention, backends, choose_backend, naive_attention
 from minillm.attention.keys import Options, cu_seqlens_of
 from minillm.measure import assert_within_budget
 
@@ -134,6 +134,9 @@ K = torch.zeros(3, 4, 2, 8)
         (Keys(K[0], K[0]), r"k has shape \(4, 2, 8\), wants \(batch"),
         (Keys(K, K, int32([0, 4])), r"k has shape \(3, 4, 2, 8\), wants \(total"),
         (Keys(K[..., :4], K[..., :4], cache_seqlens=int32([1, 2, 3])), "k has headdim 4, q has 8"),
+        (Keys(K, K, cache_seqlens=int32([1, 2, 3]), max_seqlen=2), "max_seqlen is 2, and the keys are not ragged"),
+        (Keys(K, K, max_seqlen=2), "max_seqlen is 2, and the keys are not ragged"),
+        (Keys(K[:, :0], K[:, :0], cache_seqlens=int32([0, 0, 0]), block_table=int32([[0]] * 3)), "page_size 0"),
     ],
 )
 def test_arrays_that_do_not_fit_are_named(keys, message):
@@ -144,6 +147,35 @@ def test_arrays_that_do_not_fit_are_named(keys, message):
 def test_a_cache_with_more_rows_than_lengths_is_refused_for_ragged_queries_too():
     with pytest.raises(ValueError, match="cache_seqlens has 2 lengths, k has 3 rows"):
         attend(torch.zeros(5, 4, 8), Keys(K, K, cache_seqlens=int32([1, 2])), cu_seqlens_q=int32([0, 2, 5]))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(max_seqlen_q=4), "max_seqlen_q is 4, and q is not ragged"),
+        (dict(window_size=(3.7, -1)), "window_size is .3.7, -1., wants"),
+        (dict(window_size=None), "window_size is None, wants"),
+        (dict(softcap=float("nan")), "softcap is nan"),
+    ],
+)
+def test_options_that_would_be_ignored_or_misread_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        attend(torch.zeros(3, 1, 4, 8), Keys(K, K), **options)
+
+
+def test_a_list_in_place_of_lengths_is_named():
+    with pytest.raises(TypeError, match=r"cache_seqlens is \[1, 2, 3\], wants an int32 tensor"):
+        attend(torch.zeros(3, 1, 4, 8), Keys(K, K, cache_seqlens=[1, 2, 3]))
+
+
+def test_choose_backend_answers_for_keys_too_and_refuses_what_the_call_refuses():
+    q = torch.zeros(3, 1, 4, 8)
+    assert choose_backend(q, Keys(K, K, cache_seqlens=int32([1, 2, 3])), return_lse=True).name == "tiled"
+    for call in (choose_backend, attention):
+        with pytest.raises(ValueError, match="k has headdim 3, q has 8"):
+            call(q, K[..., :3], K)
+    with pytest.raises(TypeError, match="v is missing"):
+        choose_backend(q, K)
 
 
 def test_an_unknown_option_is_refused():

@@ -144,8 +144,21 @@ def test_a_fork_made_in_inference_mode_can_be_written_to_outside_of_it():
         (lambda: KVCache(CONFIG, 2).truncate(1), r"lengths is 1, the rows hold \[0, 0\]"),
         (lambda: KVCache(CONFIG, 2).truncate([0]), r"lengths is \[0\]"),
         (lambda: KVCache(CONFIG, 2).truncate(-1), "lengths is -1"),
+        (
+            lambda: KVCache(CONFIG, 1, dtype=torch.float16).append(*new_tokens(1, 3), 0),
+            "key is torch.float32 on cpu, the",
+        ),
     ],
 )
 def test_bad_calls_say_what_is_wrong(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_lengths_of_a_truncation_are_the_callers_to_change_afterwards():
+    cache = KVCache(CONFIG, 2)
+    fill(cache, 6)
+    lengths = torch.tensor([3, 4])
+    cache.truncate(lengths)
+    lengths -= 1
+    assert cache.lengths == [3, 4] and all(type(length) is int for length in cache.lengths)

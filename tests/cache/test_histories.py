@@ -175,6 +175,7 @@ def a_truncation_that_forgets_one_layer(monkeypatch):
         self._lengths[0] = first
 
     monkeypatch.setattr(KVCache, "truncate", forgetful)
+    monkeypatch.setattr(KVCache, "check_fits", lambda *arguments: None)  # it refuses layers that disagree
 
 
 BUGS = [

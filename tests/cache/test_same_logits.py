@@ -188,6 +188,15 @@ def test_a_cache_that_does_not_fit_is_refused_and_left_as_it_was(changes, option
     assert not any(cache.lengths) and cache.capacity == 8
 
 
+@torch.no_grad()
+def test_a_cache_whose_layers_disagree_is_refused():
+    model, cache = random_model(), KVCache(random_model().config, 1)
+    cache.update(*torch.randn(2, 1, 3, 2, 8), 0)
+    for call in (lambda: model(random_ids(1, 4), cache), lambda: Decoder(model).step(torch.tensor([1]), cache)):
+        with pytest.raises(ValueError, match=r"kv_cache's layers hold \[\[3\], \[0\]\] tokens: truncate"):
+            call()
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
