@@ -54,6 +54,7 @@ class Machine:
 
     @property
     def device(self) -> str:
+        """ "cuda", or "cpu" in a dry run."""
         return "cpu" if self.dry_run else "cuda"
 
     def out_of_time(self) -> bool:

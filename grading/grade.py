@@ -68,10 +68,12 @@ class Result:
 
     @property
     def total(self) -> float:
+        """The points given."""
         return sum(verdict.points or 0 for verdict in self.verdicts)
 
     @property
     def maximum(self) -> float:
+        """The points that can be had."""
         return sum(verdict.maximum for verdict in self.verdicts)
 
     @property
@@ -80,6 +82,7 @@ class Result:
         return any(verdict.points is None for verdict in self.verdicts)
 
     def to_json(self) -> dict[str, Any]:
+        """The result as it is stored; `from_json` reads it."""
         return asdict(self)
 
     @classmethod

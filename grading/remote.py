@@ -90,6 +90,7 @@ class StudentProcess:
         self.close()
 
     def close(self) -> None:
+        """Ends the process, and all that it has started."""
         if self._sandbox:
             self._sandbox.close()
         self._sandbox = None

@@ -125,6 +125,7 @@ class Sandbox:
             proc.send(process, signal.SIGKILL)
 
     def close(self) -> None:
+        """Ends every process in the sandbox and removes its files."""
         self.end()
         self._process.wait()
         for thread in self._watching:

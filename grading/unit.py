@@ -62,11 +62,13 @@ class Unit:
 
     @cached_property
     def tests(self) -> list[Test]:
+        """The test cells of the solution."""
         cells = [cell for cell in self.solution.cells if is_test(cell)]
         return [Test(grade_id(cell), points(cell), cell.source, self._functions_in(cell.source)) for cell in cells]
 
     @cached_property
     def texts(self) -> list[Text]:
+        """The cells for answers in words, each with what stands above it."""
         found, above = [], ""
         for cell in self.release.cells:
             if is_text(cell):
@@ -76,10 +78,12 @@ class Unit:
 
     @cached_property
     def grade_ids(self) -> set[str]:
+        """The grade ids of the solution."""
         return {grade_id(cell) for cell in self.solution.cells} - {""}
 
     @cached_property
     def cell_ids(self) -> set[str]:
+        """The ids of the released cells."""
         return {cell.id for cell in self.release.cells if "id" in cell}
 
     @cached_property
@@ -94,6 +98,7 @@ class Unit:
 
     @property
     def maximum(self) -> float:
+        """The points of the unit."""
         return sum(item.points for item in self.items)
 
     def defined_in(self, answer: NotebookNode) -> list[str]:

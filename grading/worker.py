@@ -176,6 +176,7 @@ class Remote:
         self.freed: list[int] = []
 
     def answer(self, candidates: dict[str, list[tuple[int, Callable]]], request: dict, blob: bytearray) -> None:
+        """Calls what the grader asked for, and sends back what came of it."""
         try:
             arguments, named = decode(request["arguments"], blob, self._handle)
             function = dict(candidates[request["call"]])[request["candidate"]]
@@ -197,6 +198,7 @@ class Remote:
         self.freed.append(tile)
 
     def send(self, message: dict, blobs: list[memoryview] | None = None) -> None:
+        """Sends a message to the grader, with the tiles freed since the last one, and bytes behind it."""
         freed, self.freed = self.freed, []
         self.channel.send(message | {"freed": freed}, blobs)
 
@@ -205,6 +207,7 @@ class Remote:
         return CountedHandle(self, number, getattr(torch, dtype), torch.Size(shape))
 
     def ask(self, message: dict, blobs: list[memoryview]) -> Any:
+        """Sends a message to the grader and waits for its answer."""
         with self.lock:
             self.send(message, blobs)
             reply, blob = self.channel.receive()

@@ -101,10 +101,12 @@ class SelfTest:
 
     @property
     def right(self) -> list[str]:
+        """The precisions within their error budget."""
         return [name for name, ratio in self.ratios.items() if ratio <= 1]
 
     @property
     def wrong(self) -> list[str]:
+        """The precisions over their error budget."""
         return [name for name in self.ratios if name not in self.right]
 
     def summary(self) -> str:

@@ -34,6 +34,7 @@ class Config(NamedTuple):
     stages: int
 
     def keywords(self) -> dict[str, int]:
+        """The configuration as the keyword arguments of a launch."""
         return dict(BLOCK_Q=self.block_q, BLOCK_K=self.block_k, num_warps=self.warps, num_stages=self.stages)
 
     def shared_bytes(self, kernel: str, headdim: int, itemsize: int) -> int:

@@ -159,10 +159,12 @@ class Fact:
 
     @property
     def statement(self) -> str:
+        """What the user says, such as "My favourite dish is ramen." """
         return self.category.statement.format(self.value)
 
     @property
     def answer(self) -> str:
+        """What the model is to answer, such as "Your favourite dish is ramen." """
         return self.category.answer.format(self.value)
 
 

@@ -251,6 +251,7 @@ class SelfAttention(nn.Module):
         return self.o_proj(out.flatten(-2))
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (batch, seqlen, nheads, headdim), k and v (batch, seqlen, nheads_k, headdim); q and k after RoPE."""
         heads = (-1, self.head_dim)
         q = self.q_proj(x).unflatten(-1, heads)  # (batch, seqlen, nheads, headdim)
         k = self.k_proj(x).unflatten(-1, heads)  # (batch, seqlen, nheads_k, headdim)

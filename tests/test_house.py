@@ -177,9 +177,12 @@ def test_a_long_file_is_named(plant, tmp_path):
 
 
 def test_a_missing_docstring_is_named(plant):
-    source = 'class A: pass\nclass B:\n    """B."""\ndef f(): ...\nasync def g(): ...\ndef _h(): ...\ndef main(): ...\n'
+    source = (
+        'class A: pass\nclass B:\n    """B."""\n    def m(): ...\n    def _n(): ...\nclass C(dict):\n    """C."""\n'
+    )
+    source += "    def update(): ...\ndef f(): ...\nasync def g(): ...\ndef _h(): ...\ndef main(): ...\n"
     modules = plant({"minillm/bare.py": source, "examples/bare.py": "def f(): ..."})
-    assert list(without_docstring(modules.values())) == ["minillm.bare.A", "minillm.bare.f", "minillm.bare.g"]
+    assert list(without_docstring(modules.values())) == [f"minillm.bare.{name}" for name in ("A", "B.m", "f", "g")]
 
 
 def test_the_table_counts_files_lines_and_imports(plant):
@@ -212,14 +215,22 @@ def long_files(root: Path) -> dict[str, int]:
 
 
 def without_docstring(modules: Iterable[Module]) -> Iterator[str]:
-    """The public functions and classes of packages without one; of `main`, the module's own docstring tells."""
+    """The public functions, classes and methods of packages without one; `main` is described by its module."""
     for module in modules:
         if module.path.suffix == ".py" and module.name.split(".")[0] != "examples":
             for node in module.tree.body:
-                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                    public = not node.name.startswith("_") and node.name != "main"
-                    if public and not ast.get_docstring(node):
-                        yield f"{module.name}.{node.name}"
+                yield from (f"{module.name}.{name}" for name in _bare(node))
+
+
+def _bare(node: ast.stmt) -> Iterator[str]:
+    """What is public and has no docstring. A method of a class with a base class may be described there."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        if node.name.startswith("_") or node.name == "main":
+            return
+        if not ast.get_docstring(node):
+            yield node.name
+        if isinstance(node, ast.ClassDef) and {ast.unparse(base) for base in node.bases} <= {"NamedTuple"}:
+            yield from (f"{node.name}.{name}" for method in node.body for name in _bare(method))
 
 
 # A row of docs/architecture.md: | `file.py`: `name`, `name` | what |

@@ -27,11 +27,13 @@ class Rows(Counted):
         self.stored = torch.zeros(len(tensor), dtype=torch.bool)
 
     def load(self, *index: Any) -> Tensor:
+        """Reads whole rows, counted."""
         if any(part != slice(None) for part in index[1:]):
             raise ValueError("load whole rows, as in q.load(slice(i, i + block_q))")
         return super().load(*index)
 
     def store(self, tile: Tensor, *index: Any) -> None:
+        """Writes rows, counted, and notes which."""
         super().store(tile, *index)
         self.stored[index[:1]] = True
 

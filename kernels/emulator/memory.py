@@ -54,9 +54,11 @@ class Access:
     box: Box = ()
 
     def after(self, earlier: Access) -> bool:
+        """Whether this access comes after an earlier one in every interleaving."""
         return self.clock.past.get(earlier.actor, -1) >= earlier.step
 
     def fenced_after(self, earlier: Access) -> bool:
+        """Whether a fence stands between the earlier access and this one in every interleaving."""
         return self.clock.fenced.get(earlier.actor, -1) >= earlier.step
 
 
@@ -72,6 +74,7 @@ class Allocation:
 
     @property
     def nbytes(self) -> int:
+        """Bytes allocated."""
         return self.data.numel() * self.data.element_size()
 
     def touch(self, label: str, box: Box, access: Access) -> None:
@@ -180,6 +183,7 @@ class MemDesc:
         return self.allocation.name + (f"[{', '.join(parts)}]" if parts else "")
 
     def index(self, index: Any) -> MemDesc:
+        """One slot of a ring: the first dimension is taken away."""
         i, parts = int(index), self.shape[0]
         outside = "" if 0 <= i < parts else f"{self.label} has {parts} parts, and part {i} is used"
         dim = self._dim(0)
@@ -189,6 +193,7 @@ class MemDesc:
         return replace(self, data=self.data[i % parts], box=box, dims=dims, outside=self.outside or outside)
 
     def slice(self, start: int, length: int, dim: int = 0) -> MemDesc:
+        """A part of one dimension."""
         if not 0 <= start <= start + length <= self.shape[dim]:
             raise bad_layout(
                 f"{self.label} has {self.shape[dim]} places, and {start} to {start + length} are asked for"
@@ -199,6 +204,7 @@ class MemDesc:
         return replace(self, data=self.data.narrow(dim, start, length), box=box)
 
     def permute(self, order: Any) -> MemDesc:
+        """The same memory with its dimensions in another order."""
         order = [int(i) for i in order]
         dims = self.dims and [self.dims[i] for i in order]
         layout = self.layout
@@ -207,6 +213,7 @@ class MemDesc:
         return replace(self, data=self.data.permute(order), dims=dims, layout=layout)
 
     def reshape(self, shape: Any) -> MemDesc:
+        """The same memory in another shape."""
         if not self.data.is_contiguous():
             raise NotModelled("the emulator does not know .reshape after .permute: reshape first")
         layout = self.layout
@@ -220,6 +227,7 @@ class MemDesc:
         return self.dims[dim]
 
     def touch(self, access: Access) -> None:
+        """Compares an access with earlier ones to the same elements, raises a report where they race, and keeps it."""
         if self.outside:
             raise OutOfBounds(self.outside, [access.event])
         self.allocation.touch(self.label, self.box, access)

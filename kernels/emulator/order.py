@@ -39,12 +39,15 @@ class VectorClock:
         _take_later(self.fenced, other.fenced)
 
     def add(self, actor: int, step: int) -> None:
+        """Notes that an actor's step is past."""
         self.past[actor] = step
 
     def fence(self) -> None:
+        """Notes that all that is past is visible to the engines."""
         _take_later(self.fenced, self.past)
 
     def copy(self) -> VectorClock:
+        """A clock of its own with the same content."""
         return VectorClock(dict(self.past), dict(self.fenced))
 
 

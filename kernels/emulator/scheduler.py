@@ -174,6 +174,7 @@ class Program:
             partition.baton.release()
 
     def start(self, operation: Operation) -> None:
+        """Adds an asynchronous operation to those under way."""
         self.asked_for.append(operation)
         self.under_way.append(operation)
 

@@ -147,6 +147,7 @@ class Accumulator(Value):
 
     @property
     def data(self) -> torch.Tensor:
+        """The values; a `Race` where the product is still in flight."""
         if self.returned and self.operation not in self.owner.products:
             return self._data
         what = "on the accumulator: the tensor cores are still writing it"

@@ -218,12 +218,14 @@ class Call:
         self.constants = constants(self.headdim, self.nheads // self.nheads_k, left >= 0, right >= 0, softcap > 0)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Launches the forward, which fills out and lse."""
         sizes = self._sizes("forward")
         grid = (triton.cdiv(self.lengths[2], sizes["BLOCK_Q"]), self.nheads, self.batch)
         strides = (*map(self._strides, (q, k, v, out)), *self._row_strides(lse))
         forward_kernel[grid](q, k, v, out, lse, *strides, *self.lengths, *self.scoring, **self.constants, **sizes)
 
     def backward(self, q, k, v, out, lse, grad_out, grad_lse, grad_q, grad_k, grad_v) -> None:
+        """Launches δ, then dK and dV, then dQ, which fill the three gradients."""
         delta = torch.empty_like(lse)
         self._delta(out, grad_out, grad_lse, delta)
         tensors = (q, k, v, grad_out, lse, delta)

@@ -144,6 +144,7 @@ class KVCache:
 
     @property
     def batch_size(self) -> int:
+        """Rows."""
         return self._buffer.shape[2]
 
     @property

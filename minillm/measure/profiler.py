@@ -48,6 +48,7 @@ class Phase:
 
     @property
     def tokens_per_second(self) -> float:
+        """New tokens over seconds; 0 without `log_latency`."""
         return self.tokens / sum(self.seconds) if self.seconds else 0.0
 
     @property
