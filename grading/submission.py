@@ -200,7 +200,7 @@ def _json(content: bytes) -> Any:
     try:
         return json.loads(_text(content), strict=False)
     except (ValueError, RecursionError) as error:
-        if re.search(rb"^<{7} ", content, re.MULTILINE):
+        if re.search(rb"^\s*<{7} ", content, re.MULTILINE):
             raise _Problem("holds the marks of a merge conflict (<<<<<<<): merge it, and send it again") from None
         where = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
         raise _Problem(f"is no notebook: its JSON is broken{where}; save it in Jupyter and send it again") from None
