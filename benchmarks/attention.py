@@ -22,6 +22,7 @@ from benchmarks.machine import Machine, Unable
 from benchmarks.timing import Timing
 
 TOKENS, HIDDEN = 16384, 2048
+DRY_RUN = (1, 32, 2)  # batch, seqlen, nheads
 SEQLENS = (16384, 8192, 4096, 2048, 1024, 512)
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # (batch, seqlen, nheads, headdim), out like q
@@ -49,7 +50,7 @@ def compare(
         milliseconds by name; the GPU's clock and power meanwhile; and the reason where a peer cannot run the case.
         Where the GPU had to wait for the host, and where a peer takes a call for each sequence, the row names it.
     """
-    batch, seqlen, nheads = (1, 32, 2) if machine.dry_run else (TOKENS // seqlen, seqlen, HIDDEN // headdim)
+    batch, seqlen, nheads = DRY_RUN if machine.dry_run else (TOKENS // seqlen, seqlen, HIDDEN // headdim)
     dtype = torch.float16 if machine.dry_run else torch.bfloat16
     qkv = random_qkv((seqlen, seqlen), (nheads, nheads), headdim, dtype, machine.device, batch)
     functions = ours | peers(machine, causal)

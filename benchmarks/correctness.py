@@ -104,9 +104,9 @@ def interpreter_fault(call: Callable[[], object]) -> str:
     """
     try:
         call()
-    except TypeError as error:
+    except Exception as error:  # the interpreter wraps it in its own
         if "only 0-dimensional arrays" not in str(error):
             raise
         versions = " and ".join(f"{name} {importlib.metadata.version(name)}" for name in ("triton", "numpy"))
-        return f"the interpreter does not run with {versions} ({error}); triton 3.7 or newer, or numpy 2.3, does"
+        return f"Triton's interpreter does not run with {versions}; with triton 3.7 or newer it does ({error})"
     return ""

@@ -42,12 +42,18 @@ def work(run: ChildRun, dry_run: bool, whole_grid: bool = False) -> Progress:
         progress.trying = subject
         progress.save(run.progress)
 
-    suite = suites.load(run.suite)
     machine = Machine(dry_run, whole_grid=whole_grid, part=(run.part, run.parts), note=note)
     machine.failed = run.failed | progress.lost
     machine.failed |= failed_checks(progress)
-    progress.title = (suite.__doc__ or "").splitlines()[0]
-    progress.why_not = suite.why_not(machine)
+    try:
+        suite = suites.load(run.suite)
+        progress.title = (suite.__doc__ or "").splitlines()[0]
+        progress.why_not = suite.why_not(machine)
+    except Exception as error:
+        traceback.print_exc()
+        failure = {"step": run.steps[0][0], "case": "", "error": first_line(error), "subject": ""}
+        progress.failures.append(failure)
+        progress.step = len(run.steps)
     progress.save(run.progress)
     while progress.step < len(run.steps) and not progress.why_not:
         step, until = run.steps[progress.step]

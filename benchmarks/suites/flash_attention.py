@@ -185,29 +185,37 @@ def tune(machine: Machine, case: TimedCase, stack: ExitStack) -> dict[str, dict[
         return {}  # the interpreter has one
     headdim, causal, seqlen = case
     shape = ((seqlen, seqlen), (HIDDEN // headdim,) * 2, headdim, torch.bfloat16, machine.device, TOKENS // seqlen)
-    q, k, v = random_qkv(*shape)
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = flash_attention(*leaves, causal=causal)[0]
-    runs: dict[str, Callable[[], object]] = {"forward": partial(forward, q, k, v, causal)}
-    backward = partial(torch.autograd.grad, out, leaves, torch.randn_like(out), retain_graph=True)
+    q, k, v = leaves = random_qkv(*shape)
+    run: Callable[[], object] = partial(forward, q, k, v, causal)
     tried: dict[str, dict[str, float | str]] = {}
     for kernel in tuning.KERNELS:
-        tried[kernel], times = {}, {}
-        for number, config in enumerate(candidates(kernel, headdim, torch.bfloat16)):
-            name = candidate(headdim, causal, number)
-            try:
-                if name in machine.failed:
-                    raise Unable(f"its check failed: {machine.failed[name]}")
-                with tuning.using(kernel, headdim, torch.bfloat16, config):
-                    run = runs.get(kernel, backward)
-                    timing = machine.attempt(
-                        f"{kernel}, {name}, {seqlen}", partial(machine.time, {kernel: run}, TUNING)
-                    )
-            except Unable as error:
-                tried[kernel][str(tuple(config))] = str(error)
-            else:
-                times[config] = tried[kernel][str(tuple(config))] = timing[kernel].median
+        found = try_candidates(machine, kernel, case, run)
+        tried[kernel] = {str(tuple(config)): result for config, result in found.items()}
+        times = {config: result for config, result in found.items() if isinstance(result, float)}
         if not times:
             raise RuntimeError(f"all tiles of {kernel} fail: {tried[kernel]}")
         stack.enter_context(tuning.using(kernel, headdim, torch.bfloat16, min(times, key=times.__getitem__)))
+        if kernel == "forward":  # the graph is made with the forward that was chosen
+            q, k, v = leaves = [x.requires_grad_() for x in leaves]
+            out = forward(q, k, v, causal)
+            run = partial(torch.autograd.grad, out, leaves, torch.randn_like(out), retain_graph=True)
     return tried
+
+
+def try_candidates(
+    machine: Machine, kernel: str, case: TimedCase, run: Callable[[], object]
+) -> dict[tuning.Config, float | str]:
+    """The milliseconds of a call with each candidate for a kernel, or why there are none."""
+    found: dict[tuning.Config, float | str] = {}
+    for number, config in enumerate(candidates(kernel, case.headdim, torch.bfloat16)):
+        name = candidate(case.headdim, case.causal, number)
+        if name in machine.failed:
+            found[config] = f"its check failed: {machine.failed[name]}"
+            continue
+        try:
+            with tuning.using(kernel, case.headdim, torch.bfloat16, config):
+                timings = machine.attempt(f"{kernel}, {name}, {case}", partial(machine.time, {kernel: run}, TUNING))
+            found[config] = timings[kernel].median
+        except Unable as error:
+            found[config] = str(error)
+    return found
