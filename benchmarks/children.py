@@ -126,7 +126,7 @@ class Child:
         progress = Progress.load(self.run.progress)
         step, until = self.run.steps[min(progress.step, len(self.run.steps) - 1)]
         late = time.monotonic() > until
-        silent = step == "time" and time.monotonic() > self.life + self.patience
+        silent = step == "time" and bool(progress.running) and time.monotonic() > self.life + self.patience
         if code is not None:
             self.alive = False
             if code:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, lessons, suites
+from benchmarks.children import Child, ChildRun, run_children
 from benchmarks.machine import Machine, commit
 from benchmarks.timing import Timing
 from kernels.targets import TARGETS
@@ -98,13 +99,14 @@ interpreter._patch_lang_tensor = as_in_3_6
 def test_where_tritons_interpreter_fails_with_numpy_the_dry_run_says_what_it_leaves_out(tmp_path):
     """Triton 3.6.0 with numpy 2.4, planted: it makes an int of an array with one element."""
     (tmp_path / "sitecustomize.py").write_text(OLD_INTERPRETER)
-    run = bench_gpu("--dry-run", "--suite", "flash_attention", "--out", tmp_path / "out", path=[tmp_path, ROOT])
-    assert "FAILED in" not in run.stdout.split("05_triton")[0], run.stdout
-    assert "left out: Triton's interpreter does not run with triton" in run.stdout
-    result = json.loads((tmp_path / "out" / "flash_attention.json").read_text())
-    assert (
-        result["left out because"].endswith("arrays can be converted to Python scalars')\"))") and result["rows"] == []
-    )
+    soon = time.monotonic() + 100
+    run = ChildRun("flash_attention", [("check", soon), ("time", soon)], str(tmp_path / "progress.json"))
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "benchmarks.work", "--dry-run"]
+    result = gpu.SuiteResult("flash_attention")
+    result.add(*run_children([Child(run, command, environment)], lambda found: None))
+    assert gpu.verdict(result).startswith("left out: Triton's interpreter does not run with triton")
+    assert "only 0-dimensional arrays" in result.why_not and not result.rows and not result.failures
 
 
 def test_the_table_comes_last_and_a_dry_run_says_that_it_measured_nothing(dry_run):
