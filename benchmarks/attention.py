@@ -18,13 +18,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.correctness import random_qkv
-from benchmarks.machine import Machine, Timing
+from benchmarks.machine import Machine, Unable
+from benchmarks.timing import Timing
 
 TOKENS, HIDDEN = 16384, 2048
+DRY_RUN = (1, 32, 2)  # batch, seqlen, nheads
 SEQLENS = (16384, 8192, 4096, 2048, 1024, 512)
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # (batch, seqlen, nheads, headdim), out like q
 
+LOOPS = {"FlashInfer"}  # a launch for each sequence, while the others have one for the batch
 PEERS = {
     "torch FLASH": SDPBackend.FLASH_ATTENTION,  # FlashAttention-2
     "torch EFFICIENT": SDPBackend.EFFICIENT_ATTENTION,
@@ -44,42 +47,55 @@ def compare(
 
     Yields:
         The case; TFLOP/s by name; ratios; the first one's shares of the measured matmul peak and copy bandwidth;
-        milliseconds by name; and the reason where a peer cannot run the case.
+        milliseconds by name; the GPU's clock and power meanwhile; and the reason where a peer cannot run the case.
+        Where the GPU had to wait for the host, and where a peer takes a call for each sequence, the row names it.
     """
-    batch, seqlen, nheads = (1, 32, 2) if machine.dry_run else (TOKENS // seqlen, seqlen, HIDDEN // headdim)
+    batch, seqlen, nheads = DRY_RUN if machine.dry_run else (TOKENS // seqlen, seqlen, HIDDEN // headdim)
     dtype = torch.float16 if machine.dry_run else torch.bfloat16
     qkv = random_qkv((seqlen, seqlen), (nheads, nheads), headdim, dtype, machine.device, batch)
     functions = ours | peers(machine, causal)
     flops = 4 * batch * nheads * seqlen**2 * headdim / (2 if causal else 1)
     case = {"headdim": headdim, "causal": causal, "seqlen": seqlen, "batch": batch, "nheads": nheads}
 
-    calls, unable = able({name: partial(_forward, function, qkv) for name, function in functions.items()}, ours)
-    figures = _figures(machine, machine.time(calls), flops, moved=4 * qkv[0].nbytes)
-    yield {"direction": "forward", **case, **figures, "unable": unable}
+    def row(direction: str, made: Mapping[str, Callable[[], Callable[[], object]]], work: float, moved: int) -> dict:
+        calls, unable = able(machine, f"{direction}, {case}", made, ours)
+        figures = _figures(machine, machine.time(calls), work, moved)
+        if looping := sorted(LOOPS & calls.keys()) if batch > 1 else []:
+            figures["a call for each sequence"] = ", ".join(looping)
+        return {"direction": direction, **case, **figures, "unable": unable}
+
+    made = {name: partial(_forward, function, qkv) for name, function in functions.items()}
+    yield row("forward", made, flops, moved=4 * qkv[0].nbytes)
     if backward:
         grad_out = torch.randn_like(qkv[0])
         made = {name: partial(_graph, function, qkv, grad_out) for name, function in functions.items()}
-        calls, unable = able(made, ours)
-        figures = _figures(machine, machine.time(calls), 2.5 * flops, moved=8 * qkv[0].nbytes)
-        yield {"direction": "backward", **case, **figures, "unable": unable}
+        yield row("backward", made, 2.5 * flops, moved=8 * qkv[0].nbytes)
 
 
 def able(
-    made: Mapping[str, Callable[[], Callable[[], object]]], ours: dict[str, Attention]
+    machine: Machine,
+    case: str,
+    made: Mapping[str, Callable[[], Callable[[], object]]],
+    ours: Mapping[str, Attention],
 ) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
     """Makes and tries each call. A peer that fails at this size or architecture is left out, and its error is kept."""
     calls, unable = {}, {}
     for name, make in made.items():
+        if name in ours:
+            calls[name] = make()
+            calls[name]()
+            continue
         try:
-            call = make()
-            call()
-        except Exception as error:  # a peer may raise any type, also while it compiles itself
-            if name in ours:
-                raise
-            unable[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-        else:
-            calls[name] = call
+            calls[name] = machine.attempt(f"{name}, {case}", partial(_made_and_called, make))
+        except Unable as error:
+            unable[name] = str(error)
     return calls, unable
+
+
+def _made_and_called(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
+    call = make()
+    call()
+    return call
 
 
 def _forward(function: Attention, qkv: list[Tensor]) -> Callable[[], object]:
@@ -96,12 +112,16 @@ def _figures(machine: Machine, timings: dict[str, Timing], flops: float, moved: 
     rates = {name: flops / timing.median / 1e9 for name, timing in timings.items()}
     first, *others = rates
     seconds = timings[first].median / 1000
+    late = ", ".join(name for name, timing in timings.items() if 2 * timing.late > timing.rounds)
+    state = machine.state  # the two ceilings below are timed too
     return {
         **{f"{name} TFLOP/s": rate for name, rate in rates.items()},
         **{f"{first} / {name}": rates[first] / rates[name] for name in others},
         "share of matmul peak": flops / seconds / machine.peak_flops,
         "share of copy bandwidth": moved / seconds / machine.peak_bandwidth,
+        **({"the GPU waited for the host in": late} if late else {}),
         "milliseconds": {name: asdict(timing) for name, timing in timings.items()},
+        "gpu": state,
     }
 
 

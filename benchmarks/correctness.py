@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.metadata
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -68,7 +71,9 @@ def assert_right(
         grads = torch.autograd.grad(out, leaves, grad_out.to(out.dtype)) if backward else ()
         return {"out": out, "lse": lse} | dict(zip(("grad_q", "grad_k", "grad_v"), grads, strict=False))
 
-    ours, same, exact = results(function, qkv), results(naive, qkv), results(naive, [x.double() for x in qkv])
+    with memory_full_of_nan():
+        ours = results(function, qkv)
+    same, exact = results(naive, qkv), results(naive, [x.double() for x in qkv])
     scale = max((x.abs().max().item() for name, x in exact.items() if name.startswith("grad")), default=0)
     for name in ours:
         gradient = {"factor": 3, "scale": scale} if name.startswith("grad") else {}
@@ -77,3 +82,31 @@ def assert_right(
         except AssertionError as error:
             shapes = " ".join(str(tuple(x.shape)) for x in qkv[:2])
             raise AssertionError(f"{name} of {shapes} {qkv[0].dtype}, {options}: {error}") from error
+
+
+@contextmanager
+def memory_full_of_nan() -> Iterator[None]:
+    """New tensors hold NaN until they are written, so that an element which a kernel leaves out is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # with it torch.empty fills what it returns
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def interpreter_fault(call: Callable[[], object]) -> str:
+    """Why Triton's interpreter cannot run a small call here, "" where it can.
+
+    That of triton 3.6.0 makes an int of an array with one element wherever a loop ends at a tensor, which numpy 2.4
+    refuses. Any other error is not caught.
+    """
+    try:
+        call()
+    except Exception as error:  # the interpreter wraps it in its own
+        if "only 0-dimensional arrays" not in str(error):
+            raise
+        versions = " and ".join(f"{name} {importlib.metadata.version(name)}" for name in ("triton", "numpy"))
+        return f"Triton's interpreter does not run with {versions}; with triton 3.7 or newer it does ({error})"
+    return ""

@@ -3,9 +3,10 @@
     python -m benchmarks.gpu --out FOLDER      needs a CUDA device, torch and triton, and nothing else
     python -m benchmarks.gpu --dry-run         walks through the suites on a CPU, in the interpreter, at tiny sizes
 
-Every suite runs in child processes with a time limit: a suite that fails, hangs or corrupts its CUDA context is
-reported, and the others go on. The checks of a suite run in several processes at a time, so that kernels are compiled
-in parallel and are in Triton's cache when the suite is timed.
+There is one deadline. Each suite has its share of the time that is left, its checks a share of that; what does not fit
+is left out and counted, and a suite is timed whether its checks have all ended or not. Each suite runs in child
+processes, several at a time for the checks, so that kernels are compiled in parallel and are in Triton's cache when the
+suite is timed. A case that takes its process down costs itself. Results are written after each case.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ import argparse
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks import lessons, suites
+from benchmarks.children import Child, ChildRun, Progress, run_children, supervise
 from benchmarks.machine import ROOT, Machine, commit
+from benchmarks.work import failed_checks, line
 from kernels.runtime import triton_mode
 
 NEEDS = (
@@ -37,49 +39,78 @@ NEEDS = (
 )
 MAX_CHECKING = 8  # processes that check a suite at a time
 CHECKING_BYTES = 8 * 2**30  # GPU memory of one of them: its CUDA context, and naive attention in float64
-CHECKING = 0.4  # share of a suite's time that its checks may take
+CHECKING, CHECKING_WHOLE_GRID = 0.4, 0.85  # share of a suite's time that its checks may take
+MINUTES, MINUTES_WHOLE_GRID = 7.5, 60.0
 LESSON_SECONDS = 40.0
-SOFT = 0.85  # share of a limit after which no case is begun; at the limit the process is killed
 
 
 @dataclass
 class SuiteResult:
-    """One suite: how many checks passed or were left out, its rows, and its failure (empty if none)."""
+    """One suite, as far as it has come.
+
+    Args:
+        checked: comparisons that were right.
+        left_out: cases that were not begun or did not end in time, by step: "check", "time".
+        why_not: why it cannot run on this machine.
+        slow: the cases that a deadline stopped.
+        lost: what took its process down and was gone on without, by its name: how.
+        failures: each with its step, case and error.
+    """
 
     name: str
     title: str = ""
     checked: int = 0
-    left_out: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+    why_not: str = ""
+    slow: list[str] = field(default_factory=list)
+    lost: dict[str, str] = field(default_factory=dict)
     rows: list[dict] = field(default_factory=list)
-    failure: str = ""
+    failures: list[dict[str, str]] = field(default_factory=list)
     seconds: float = 0.0
+
+    @property
+    def failure(self) -> str:
+        """The first failure on one line, "" where there is none."""
+        if not self.failures:
+            return ""
+        first, more = self.failures[0], len(self.failures) - 1
+        case = f" ({first['case']})" if first["case"] else ""
+        return f"{first['step']}: {first['error']}{case}" + (f", and {more} more" if more else "")
+
+    def add(self, progress: Progress) -> None:
+        """Adds what a child did."""
+        self.title, self.why_not = progress.title or self.title, progress.why_not or self.why_not
+        self.checked += progress.checked
+        for step, total in progress.total.items():
+            self.left_out[step] = self.left_out.get(step, 0) + total - progress.ended.get(step, 0)
+        self.slow += progress.slow
+        self.lost |= progress.lost
+        self.rows += progress.rows
+        self.failures += progress.failures
 
 
 def main() -> None:
+    """Runs the suites that were asked for, then the lessons' GPU cells; exits with 1 where something failed."""
+    start = time.monotonic()
     arguments = parse()
-    if arguments.child:
-        sys.exit(run_child(arguments))
     reason = "" if arguments.dry_run else what_is_missing()
     if reason:
         sys.exit(NEEDS.format(reason=reason))
-    deadline = time.monotonic() + 60 * arguments.minutes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped from outside: results so far are written"))
+    deadline = start + 60 * (arguments.minutes or (MINUTES_WHOLE_GRID if arguments.whole_grid else MINUTES))
     machine = Machine(arguments.dry_run)
     about = {**machine.describe(), "commit": arguments.commit or commit(), "dry_run": machine.dry_run}
+    folder = arguments.out or default_folder(about)
     names = arguments.suite or suites.names()
     notebooks = lessons.notebooks_with_gpu_cells()
     results = []
     for number, name in enumerate(names):
-        left = deadline - time.monotonic() - LESSON_SECONDS * len(notebooks)
-        results.append(run_suite(name, left / (len(names) - number), arguments))
-        write(results[-1], about, arguments.out or default_folder(about))
-    for path in notebooks:
-        command = [sys.executable, "-m", "benchmarks.lessons", str(path)]
-        start = time.monotonic()
-        failure = supervise([command], LESSON_SECONDS, arguments.dry_run)[0]
-        seconds = time.monotonic() - start
-        results.append(SuiteResult(path.stem, "GPU cells of the lesson", failure=failure, seconds=seconds))
+        left = deadline - LESSON_SECONDS * len(notebooks) - time.monotonic()
+        until = time.monotonic() + left / (len(names) - number)
+        results.append(run_suite(name, until, arguments, lambda result: write(result, about, folder)))
+    results += [run_lesson(path, deadline, arguments) for path in notebooks]
     print(table(results, machine))
-    sys.exit(any(result.failure for result in results))
+    sys.exit(any(result.failures for result in results))
 
 
 def parse() -> argparse.Namespace:
@@ -88,10 +119,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for the JSON files; benchmarks/results/<machine> if left out")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes in the interpreter, on a CPU")
     parser.add_argument("--suite", action="append", choices=suites.names(), help="only this one; may be repeated")
-    parser.add_argument("--minutes", type=float, default=7.5, help="for everything; what does not fit is left out")
-    parser.add_argument("--whole-grid", action="store_true", help="check every case of the grids: half an hour more")
+    parser.add_argument("--minutes", type=float, help="for everything, 7.5 if left out; what does not fit is left out")
+    parser.add_argument("--whole-grid", action="store_true", help="check every case of the grids; 60 minutes")
     parser.add_argument("--commit", help="of a copy without git")
-    parser.add_argument("--child", help=argparse.SUPPRESS)  # a ChildRun, as JSON
     return parser.parse_args()
 
 
@@ -103,132 +133,82 @@ def what_is_missing() -> str:
     return "" if mode.name == "gpu" else mode.reason
 
 
-def run_suite(name: str, seconds: float, arguments: argparse.Namespace) -> SuiteResult:
-    """Checks a suite, in several processes, then measures it in one more."""
+def run_suite(
+    name: str, until: float, arguments: argparse.Namespace, write: Callable[[SuiteResult], None]
+) -> SuiteResult:
+    """Checks a suite, in several processes, then times it in one more.
+
+    Args:
+        name: of the suite.
+        until: its deadline, by `time.monotonic()`.
+        arguments: of the command line.
+        write: is told what there is, after each case.
+    """
     start = time.monotonic()
-    result = SuiteResult(name)
-    if arguments.dry_run:
-        run_children(result, [ChildRun(name, ["check", "measure"], seconds)], arguments)
-    else:
-        room = torch.cuda.get_device_properties(0).total_memory // CHECKING_BYTES
-        parts = max(1, min(MAX_CHECKING, os.cpu_count() or 1, room))
-        limit = 3600.0 if arguments.whole_grid else CHECKING * seconds
-        run_children(result, [ChildRun(name, ["check"], limit, part, parts) for part in range(parts)], arguments)
-        if not result.failure:  # the speed of a wrong kernel means nothing
-            spent = 0.0 if arguments.whole_grid else time.monotonic() - start
-            run_children(result, [ChildRun(name, ["measure"], seconds - spent)], arguments)
+    share = CHECKING_WHOLE_GRID if arguments.whole_grid else CHECKING
+    steps = {"check": start + share * (until - start), "time": until}
+    before: list[Progress] = []
+
+    def so_far(found: Iterable[Progress]) -> SuiteResult:
+        result = SuiteResult(name, seconds=time.monotonic() - start)
+        for progress in (*before, *found):
+            result.add(progress)
+        return result
+
+    def run(names: tuple[str, ...], parts: int, failed: dict[str, str]) -> list[Progress]:
+        print(f"—— {name}: {' and '.join(names)} ——", flush=True)
+        own = [(step, steps[step]) for step in names]
+        files = [str(Path(folder, f"{names[0]}-{part}.json")) for part in range(parts)]
+        runs = [ChildRun(name, own, file, part, parts, failed) for part, file in enumerate(files)]
+        children = [Child(run, *child_command(arguments)) for run in runs]
+        return run_children(children, on_change=lambda found: write(so_far(found)))
+
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.dry_run:
+            before += run(("check", "time"), 1, {})
+        else:
+            room = torch.cuda.get_device_properties(0).total_memory // CHECKING_BYTES
+            before += run(("check",), max(1, min(MAX_CHECKING, os.cpu_count() or 1, room)), {})
+            failed = {what: why for progress in before for what, why in failed_checks(progress).items()}
+            before += run(("time",), 1, failed)
+    write(so_far([]))
+    return so_far([])
+
+
+def child_command(arguments: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
+    """The command and the environment of a child process, without its run."""
+    options = [name for name in ("--dry-run", "--whole-grid") if getattr(arguments, name[2:].replace("-", "_"))]
+    interpreted = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if arguments.dry_run else {}
+    return [sys.executable, "-m", "benchmarks.work", *options], os.environ | interpreted
+
+
+def run_lesson(path: Path, deadline: float, arguments: argparse.Namespace) -> SuiteResult:
+    """Runs a lesson's GPU cells; a lesson that the deadline stops is left out."""
+    start = time.monotonic()
+    result = SuiteResult(path.stem, "GPU cells of the lesson")
+    left = min(LESSON_SECONDS, deadline - start)
+    if left <= 0:
+        result.left_out["time"] = 1
+        return result
+    command = [sys.executable, "-m", "benchmarks.lessons", str(path)]
+    if error := supervise(command, left, child_command(arguments)[1]):
+        result.failures.append({"step": "time", "case": "", "error": error})
     result.seconds = time.monotonic() - start
     return result
-
-
-@dataclass
-class ChildRun:
-    """The work of one child process: steps of a suite within `seconds`, and which part of the checks is its own."""
-
-    suite: str
-    steps: list[str]
-    seconds: float
-    part: int = 0
-    parts: int = 1
-    progress: str = ""  # the file that holds its SuiteResult so far
-
-
-def run_children(result: SuiteResult, runs: list[ChildRun], arguments: argparse.Namespace) -> None:
-    """Starts a child process per run, all at the same time, and adds up their results."""
-    print(f"—— {result.name}: {' and '.join(runs[0].steps)} ——", flush=True)
-    options = [name for name in ("--dry-run", "--whole-grid") if getattr(arguments, name[2:].replace("-", "_"))]
-    with tempfile.TemporaryDirectory() as folder:
-        for run in runs:
-            run.progress = str(Path(folder, f"{run.part}.json"))
-        commands = [
-            [sys.executable, "-m", "benchmarks.gpu", *options, "--child", json.dumps(asdict(run))] for run in runs
-        ]
-        failures = supervise(commands, runs[0].seconds, arguments.dry_run)
-        for run, failure in zip(runs, failures, strict=True):
-            found = SuiteResult(run.suite)
-            if Path(run.progress).exists():
-                found = SuiteResult(**json.loads(Path(run.progress).read_text()))
-            result.title = found.title or result.title
-            result.checked += found.checked
-            result.left_out += found.left_out
-            result.rows += found.rows
-            result.failure = result.failure or found.failure or failure
-
-
-def supervise(commands: list[list[str]], seconds: float, dry_run: bool) -> list[str]:
-    """Runs commands at the same time, and kills those that exceed the limit.
-
-    Returns:
-        For each command its failure, empty where it ended by itself with status 0.
-    """
-    environment = os.environ | ({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if dry_run else {})
-    deadline = time.monotonic() + seconds
-    children = [subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True) for command in commands]
-    failures = []
-    try:
-        for child in children:
-            try:
-                code = child.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                failures.append(f"no end after {seconds:.0f} s")
-            else:
-                ended = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-                failures.append(ended if code else "")
-    finally:
-        for child in children:
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)  # and the compilers that it has started
-                child.wait()
-    return failures
-
-
-def run_child(arguments: argparse.Namespace) -> bool:
-    """The child process: runs its steps, and saves the result after each row. True where it failed."""
-    run = ChildRun(**json.loads(arguments.child))
-    machine = Machine(arguments.dry_run, SOFT * run.seconds, arguments.whole_grid, (run.part, run.parts))
-    result = SuiteResult(run.suite)
-
-    def save() -> None:
-        result.left_out = machine.left_out
-        unfinished = Path(run.progress).with_suffix(".part")
-        unfinished.write_text(json.dumps(asdict(result)))
-        unfinished.replace(run.progress)
-
-    steps: dict[str, Callable] = {"check": check, "measure": measure}
-    for name in run.steps:
-        try:
-            steps[name](result, machine, save)
-        except Exception as error:
-            traceback.print_exc()
-            result.failure = f"{name}: {type(error).__name__}: {error}".splitlines()[0]
-            break
-    save()
-    return bool(result.failure)
-
-
-def check(result: SuiteResult, machine: Machine, save: Callable[[], None]) -> None:
-    """Runs a suite's comparisons and notes how many cases were right. Raises where one is wrong."""
-    suite = suites.load(result.name)
-    result.title = (suite.__doc__ or "").splitlines()[0]
-    result.checked = suite.check(machine)
-    save()
-
-
-def measure(result: SuiteResult, machine: Machine, save: Callable[[], None]) -> None:
-    """Measures a suite and saves the result after each row, so that a timeout loses none."""
-    for row in suites.load(result.name).measure(machine):
-        result.rows.append(row)
-        print(line(row), flush=True)
-        save()
 
 
 def write(result: SuiteResult, about: dict, folder: Path) -> None:
     """Writes a result as JSON, named after its suite, to a folder that is made where it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    stored = {"suite": result.name, "title": result.title, "machine": about, "checked": result.checked}
-    stored |= {"checks left out": result.left_out, "failure": result.failure}
+    stored: dict[str, Any] = {"suite": result.name, "title": result.title, "machine": about, "checked": result.checked}
+    stored |= {f"cases left out of {step}": number for step, number in result.left_out.items()}
+    stored |= {"left out because": result.why_not, "stopped by the deadline": result.slow, "lost": result.lost}
+    stored |= {"failure": result.failure, "failures": result.failures}
     stored |= {"seconds": round(result.seconds, 1), "rows": result.rows}
-    (folder / f"{result.name}.json").write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
+    path = folder / f"{result.name}.json"
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
+    unfinished.replace(path)
 
 
 def default_folder(about: dict) -> Path:
@@ -242,10 +222,9 @@ def table(results: list[SuiteResult], machine: Machine) -> str:
     lines = [""]
     for result in results:
         lines += [f"{result.name}: {result.title}"] + [f"  {line(row)}" for row in result.rows]
-        verdict = f"FAILED in {result.failure}" if result.failure else "ok"
-        left_out = f" ({result.left_out} more were left out: no time)" if result.left_out else ""
-        checked = f"{result.checked} checks{left_out}"
-        lines.append(f"  {verdict}, {checked}, {len(result.rows)} rows, {result.seconds:.0f} s")
+        lines += [f"  lost: {what}: {how}" for what, how in result.lost.items()]
+        lines += [f"  stopped by the deadline: {case}" for case in result.slow]
+        lines.append(f"  {verdict(result)}, {result.seconds:.0f} s")
     if machine.dry_run:
         lines.append(
             "A dry run: checks and comparisons were walked through. Other libraries, the choice of tiles and the GPU's "
@@ -254,11 +233,14 @@ def table(results: list[SuiteResult], machine: Machine) -> str:
     return "\n".join(lines)
 
 
-def line(row: dict) -> str:
-    """name=value pairs, with four significant digits."""
-    shown = {key: value for key, value in row.items() if not isinstance(value, dict)}
-    texts = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in shown.values())
-    return "  ".join(f"{key}={text}" for key, text in zip(shown, texts, strict=True))
+def verdict(result: SuiteResult) -> str:
+    """What became of a suite on one line."""
+    if result.why_not:
+        return f"left out: {result.why_not}"
+    left_out = {step: f" ({n} cases left out: no time)" if n else "" for step, n in result.left_out.items()}
+    checks = f"{result.checked} checks{left_out.get('check', '')}"
+    rows = f"{len(result.rows)} rows{left_out.get('time', '')}"
+    return f"{f'FAILED in {result.failure}' if result.failures else 'ok'}, {checks}, {rows}"
 
 
 if __name__ == "__main__":

@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from statistics import median, quantiles
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
+from benchmarks import sensors
+from benchmarks.timing import Timing, on_cpu, on_gpu
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "numpy", "flash-attn", "flashinfer-python")
-MAX_ROUNDS = 50
-Case = TypeVar("Case")
+BROKEN = 3  # exit status of a process whose CUDA context is lost
 SECONDS_A_CASE = 1.0  # for all functions of a comparison together
+Case = TypeVar("Case")
+Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds a call: the median, and the bounds of the middle 60%."""
-
-    median: float
-    low: float
-    high: float
-    rounds: int
+class Unable(Exception):
+    """Why something that may fail did: the error's first line, or how it took an earlier process down."""
 
 
 @dataclass
@@ -39,18 +38,21 @@ class Machine:
 
     Args:
         dry_run: run everything in the interpreter, on the CPU, at tiny sizes: no figure means anything.
-        seconds: the limit after which no case is begun.
-        whole_grid: check all of a suite's grid, without regard to time.
+        until: by `time.monotonic()`, which all processes share: after it no case is begun.
+        whole_grid: check all of a suite's grid.
         part: (number, parts): which part of the checks this process runs.
-        left_out: the number of its checks that were not begun, for lack of time.
+        failed: what is not tried again, and why: the subjects of failed checks, and what `attempt` was told before.
+        note: is told what `attempt` is about to try, and "" after it.
+        state: the GPU's clock, power and reasons to slow down, during the last timing.
     """
 
     dry_run: bool
-    seconds: float = 480.0
+    until: float = math.inf
     whole_grid: bool = False
     part: tuple[int, int] = (0, 1)
-    left_out: int = 0
-    started: float = field(default_factory=time.monotonic)
+    failed: dict[str, str] = field(default_factory=dict)
+    note: Callable[[str], None] = lambda _: None
+    state: sensors.Reading = field(default_factory=dict)
 
     @property
     def device(self) -> str:
@@ -58,71 +60,88 @@ class Machine:
         return "cpu" if self.dry_run else "cuda"
 
     def out_of_time(self) -> bool:
-        """Whether a suite should stop before its next case."""
-        return time.monotonic() > self.started + self.seconds
+        """Whether no further case should be begun."""
+        return time.monotonic() > self.until
 
-    def share(self, cases: Iterable[Case], together: int = 1) -> Iterator[Case]:
-        """This process's part of the checks, until its time is over.
+    def share(self, cases: Iterable[Case], together: int = 1) -> list[Case]:
+        """This process's part of the checks.
 
         Args:
             cases: all of them, the most important ones first.
             together: the number of consecutive cases that share a compilation, and go to the same process.
         """
         number, parts = self.part
-        for i, case in enumerate(cases):
-            if i // together % parts == number:
-                if self.out_of_time():
-                    self.left_out += 1
-                else:
-                    yield case
+        return [case for i, case in enumerate(cases) if i // together % parts == number]
 
-    def describe(self) -> dict[str, str]:
-        """Device, driver, versions and date: a part of every stored result."""
-        found = {"device": platform.processor() or platform.machine(), "driver": "none"}
+    def attempt(self, subject: str, function: Callable[[], Result]) -> Result:
+        """Calls a function that may fail, at the cost of nothing but itself.
+
+        Where it takes the CUDA context or the process down, a new process begins the case again without it.
+
+        Args:
+            subject: names the function and its case.
+
+        Raises:
+            Unable: it raised, or did not survive an earlier attempt.
+        """
+        if subject in self.failed:
+            raise Unable(self.failed[subject])
+        self.note(subject)
+        try:
+            result = function()
+            self.synchronize()
+        except Exception as error:  # a library may raise any type, also while it compiles itself
+            if self.broken():
+                print(f"{subject}: {first_line(error)}", file=sys.stderr, flush=True)
+                sys.exit(BROKEN)
+            self.note("")
+            self.failed[subject] = first_line(error)
+            raise Unable(self.failed[subject]) from error
+        self.note("")
+        return result
+
+    def synchronize(self) -> None:
+        """Waits for the GPU; raises what went wrong on it."""
+        if not self.dry_run:
+            torch.cuda.synchronize()
+
+    def broken(self) -> bool:
+        """Whether the CUDA context is lost: every further call in this process would fail."""
+        try:
+            self.synchronize()
+        except RuntimeError:
+            return True
+        return False
+
+    def describe(self) -> dict[str, Any]:
+        """Device, driver, its clock and limits, versions and date: a part of every stored result."""
+        found: dict[str, Any] = {"device": platform.processor() or platform.machine(), "driver": "none"}
+        found["gpu"] = sensors.NO_GPU
         if not self.dry_run:
             query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
             found = {"device": torch.cuda.get_device_name(), "driver": _first_line(query)}
+            found["gpu"] = sensors.read(sensors.uuid_of_current_gpu())
         versions = {name: _version(name) for name in PACKAGES}
         cuda = {"cuda": str(torch.version.cuda), "python": platform.python_version()}
         return {**found, **versions, **cuda, "date": datetime.now(UTC).isoformat(timespec="seconds")}
 
-    def time(self, functions: dict[str, Callable[[], object]]) -> dict[str, Timing]:
-        """Times functions in turns, so that all see the same machine; the L2 cache is flushed before each call.
+    def time(self, functions: dict[str, Callable[[], object]], seconds: float = SECONDS_A_CASE) -> dict[str, Timing]:
+        """Times functions in turns, see `benchmarks.timing`, and keeps the GPU's `state` meanwhile.
 
         Args:
-            functions: by name; each is called before it is timed.
+            functions: by name.
+            seconds: for all of them together.
 
         Returns:
             The timings by name.
         """
-        for function in functions.values():
-            function()  # compiles, and fills caches
-        once = sum(self._start(function)() for function in functions.values()) / 1000
-        rounds = 1 if self.dry_run else max(5, min(MAX_ROUNDS, int(SECONDS_A_CASE / max(once, 1e-4))))
-        turns = [(name, self._start(function)) for _ in range(rounds) for name, function in functions.items()]
-        times: dict[str, list[float]] = {name: [] for name in functions}
-        for name, milliseconds in turns:  # read at the end, so that the GPU does not idle between two calls
-            times[name].append(milliseconds())
-        return {name: _timing(found) for name, found in times.items()}
-
-    def _start(self, function: Callable[[], object]) -> Callable[[], float]:
-        """Calls a function, and returns a function that waits for its end and gives its milliseconds."""
         if self.dry_run:
-            start = time.perf_counter()
-            function()
-            taken = (time.perf_counter() - start) * 1000
-            return lambda: taken
-        self._larger_than_cache.zero_()
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        function()
-        after.record()
-
-        def milliseconds() -> float:
-            after.synchronize()
-            return before.elapsed_time(after)
-
-        return milliseconds
+            self.state = sensors.NO_GPU
+            return on_cpu(functions)
+        watch = sensors.Watch(sensors.uuid_of_current_gpu())
+        timings = on_gpu(functions, seconds, self._larger_than_cache, watch)
+        self.state = watch.summary()
+        return timings
 
     @cached_property
     def _larger_than_cache(self) -> torch.Tensor:
@@ -138,14 +157,15 @@ class Machine:
     @cached_property
     def peak_bandwidth(self) -> float:
         """Bytes/s of a copy within GPU memory, reads and writes counted."""
-        source = torch.empty(2**16 if self.dry_run else 2**32, dtype=torch.uint8, device=self.device)
+        nbytes = 2**16 if self.dry_run else 2**32
+        source = torch.randint(256, (nbytes,), dtype=torch.uint8, device=self.device)  # zeros could be faster
         target = torch.empty_like(source)
         return 2 * source.numel() / self.time({"copy": lambda: target.copy_(source)})["copy"].median * 1000
 
 
-def _timing(found: list[float]) -> Timing:
-    low, high = (found[0], found[0]) if len(found) == 1 else (quantiles(found, n=5)[0], quantiles(found, n=5)[-1])
-    return Timing(median(found), low, high, len(found))
+def first_line(error: BaseException) -> str:
+    """An error on one line: its type, and its message as far as the first line end."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _version(name: str) -> str:
@@ -164,7 +184,7 @@ def commit() -> str:
 
 def _first_line(command: list[str]) -> str:
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
         return "unknown"
     return answer.splitlines()[0].strip() if answer.strip() else ""

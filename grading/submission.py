@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from grading.cell_types import turned_back
 from grading.remote import plain
 from grading.unit import Text, Unit, form
 
@@ -35,7 +36,7 @@ class Cell:
 
     Attributes:
         number: its place in the notebook, from 0.
-        kind: "code", or else it is text.
+        kind: "code", "raw", or else "markdown".
         id, grade_id: "" where it has none.
     """
 
@@ -55,6 +56,7 @@ class File:
         problem: why it cannot be graded; None for a notebook that was read.
         hash: of its bytes.
         modified: when it was, in ns.
+        remarks: what was mended in it, by `grading.cell_types`.
     """
 
     name: str
@@ -62,6 +64,7 @@ class File:
     problem: str | None = None
     hash: str = ""
     modified: int = 0
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,8 @@ def _json(content: bytes) -> Any:
     try:
         return json.loads(_text(content), strict=False)
     except (ValueError, RecursionError) as error:
+        if re.search(rb"^\s*<{7} ", content, re.MULTILINE):
+            raise _Problem("holds the marks of a merge conflict (<<<<<<<): merge it, and send it again") from None
         where = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
         raise _Problem(f"is no notebook: its JSON is broken{where}; save it in Jupyter and send it again") from None
 
@@ -229,7 +234,7 @@ def _cells(notebook: Any) -> Iterator[Cell]:
             metadata = cell.get("metadata")
             nbgrader = metadata.get("nbgrader") if isinstance(metadata, dict) else None
             grade_id = nbgrader.get("grade_id") if isinstance(nbgrader, dict) else None
-            kind = "code" if cell.get("cell_type") == "code" else "markdown"
+            kind = cell["cell_type"] if cell.get("cell_type") in ("code", "raw") else "markdown"
             source = _joined(cell.get("source", cell.get("input")))
             yield Cell(number, kind, source, _word(cell.get("id")), _word(grade_id))
 
@@ -257,10 +262,12 @@ def choose(student: Student, units: list[Unit]) -> dict[str, Submission]:
     result = {}
     for unit in units:
         files = [file for file in notebooks if own[file.name] == unit.name]
-        files = files or [file for file in notebooks if answered(file, unit)]
+        files = [turned_back(file, unit) for file in files or notebooks]
+        files = [file for file in files if own[file.name] == unit.name or answered(file, unit)]
         files.sort(key=lambda file: (-len(answered(file, unit)), -file.modified, file.name))
         remarks = [f"{file.name}: left out, for {files[0].name} is the fuller or the newer one" for file in files[1:]]
         remarks += [line for line in unread if not files or unit.name in line]
+        remarks += files[0].remarks if files else ()
         others = [f"{name}: a notebook of {other}" for name, other in own.items() if other and not files]
         result[unit.name] = _submission(files, remarks, others)
     return result

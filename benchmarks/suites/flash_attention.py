@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.attention import HIDDEN, SEQLENS, Attention, compare
-from benchmarks.correctness import assert_right, naive_one_by_one, random_qkv, random_ragged
-from benchmarks.machine import Machine
+from benchmarks.attention import HIDDEN, SEQLENS, TOKENS, Attention, compare
+from benchmarks.correctness import assert_right, interpreter_fault, naive_one_by_one, random_qkv, random_ragged
+from benchmarks.machine import Machine, Unable
 from kernels import tuning
 from kernels.flash_attention import flash_attention
 
@@ -27,8 +27,10 @@ GRID_SEQLENS = (
 )
 GRID_HEADDIMS = (32, 40, 59, 64, 96, 111, 128, 160, 192, 224, 256)
 GRID_HEADS = ((6, 6), (6, 2), (6, 1))
+TIMED_HEADS = (6, 6)  # of the checks of what is timed
 HALVES = (torch.bfloat16, torch.float16)
 SOME_SEQLENS = ((113, 203), (512, 256), (1023, 1024), (2048, 2048))
+TUNING = 0.1  # seconds of the GPU for a candidate
 RAGGED = [(113, 0), (1, 217), (0, 5), (64, 64), (1023, 1024), (512, 300)]  # (queries, keys) of each sequence
 
 
@@ -51,15 +53,30 @@ class Case(NamedTuple):
     layout: str = "padded"
 
 
-def check(machine: Machine) -> int:
-    """Compares the cases of this share with the naive method; returns how many."""
-    checked = 0
-    for case in machine.share(grid(machine)):
-        with tiles(case):
-            for seqlens in case.seqlens:
-                check_one(case, seqlens, machine.device, batch=1 + checked % 2)
-                checked += 1
-    return checked
+def why_not(machine: Machine) -> str:
+    """Why Triton's interpreter cannot run the kernels in a dry run here; "" on a GPU."""
+    q = torch.zeros(1, 20, 1, 16)
+    return interpreter_fault(partial(flash_attention, q, q, q, causal=True)) if machine.dry_run else ""
+
+
+def subject(case: Case) -> str:
+    """A candidate that is timed, as `tune` asks for it; or else the case itself, on which no timing rests."""
+    if (case.dtype, case.heads) == (torch.bfloat16, TIMED_HEADS):
+        return candidate(case.headdim, case.causal, case.tiles)
+    return str(case)
+
+
+def candidate(headdim: int, causal: bool, number: int) -> str:
+    """The name of the tiles with this number in `kernels.tuning`."""
+    return f"tiles {number} of headdim {headdim}, {'causal' if causal else 'full'}"
+
+
+def check(machine: Machine, case: Case) -> int:
+    """Compares a case, at all of its lengths, with the naive method; returns how many."""
+    with tiles(case):
+        for number, seqlens in enumerate(case.seqlens):
+            check_one(case, seqlens, machine.device, batch=1 + number % 2)
+    return len(case.seqlens)
 
 
 def check_one(case: Case, seqlens: tuple[int, int], device: str, batch: int) -> None:
@@ -90,20 +107,25 @@ def tiles(case: Case) -> ExitStack:
     stack = ExitStack()
     if case.tiles:
         for kernel in tuning.KERNELS:
-            found = tuning.candidates(kernel, case.headdim, case.dtype, tuning.this_gpu())
+            found = candidates(kernel, case.headdim, case.dtype)
             config = found[min(case.tiles, len(found) - 1)]
             stack.enter_context(tuning.using(kernel, case.headdim, case.dtype, config))
     return stack
 
 
-def grid(machine: Machine) -> Iterator[Case]:
+def candidates(kernel: str, headdim: int, dtype: torch.dtype) -> list[tuning.Config]:
+    """The tiles that this GPU may take for a kernel: those that are checked and those that are timed."""
+    return tuning.candidates(kernel, headdim, dtype, tuning.this_gpu())
+
+
+def checks(machine: Machine) -> Iterator[Case]:
     """What is timed, with every candidate; then flash-attn's grid, all of it with `whole_grid`, else a sample."""
     if machine.dry_run:
         yield Case(torch.float16, (4, 2), True, False, 16, ((40, 50),))
         yield Case(torch.float16, (4, 2), True, False, 16, ((40, 50),), layout="gaps")
         return
-    for headdim, causal, candidate in itertools.product(HEADDIMS, (True, False), range(3)):
-        yield Case(torch.bfloat16, (6, 6), causal, False, headdim, tiles=candidate)
+    for headdim, causal, number in itertools.product(HEADDIMS, (True, False), range(3)):
+        yield Case(torch.bfloat16, TIMED_HEADS, causal, False, headdim, tiles=number)
     if machine.whole_grid:
         whole = itertools.product(HALVES, GRID_HEADS, (False, True), (False, True), GRID_HEADDIMS)
         for values, layout in itertools.product(whole, ("padded", "ragged")):
@@ -119,16 +141,30 @@ def grid(machine: Machine) -> Iterator[Case]:
         yield Case(torch.float32, (6, 2), True, False, headdim)
 
 
-def measure(machine: Machine) -> Iterator[dict]:
-    """Yields a row for each headdim, mask and length, forward and backward, with the tiles that tuning chose."""
-    for headdim, causal in itertools.product(HEADDIMS[-1:] if machine.dry_run else HEADDIMS, (True, False)):
-        ours: dict[str, Attention] = {"ours": partial(forward, causal=causal)}
-        if not machine.out_of_time():
-            tune(machine, headdim, causal)
-        for seqlen in SEQLENS[-1:] if machine.dry_run else SEQLENS:
-            if not machine.out_of_time():
-                for row in compare(machine, ours, headdim, causal, seqlen, backward=True):
-                    yield row | tuning.chosen(headdim, torch.bfloat16)
+class TimedCase(NamedTuple):
+    """A row of the forward and one of the backward."""
+
+    headdim: int
+    causal: bool
+    seqlen: int
+
+
+def timings(machine: Machine) -> Iterator[TimedCase]:
+    """Each headdim, mask and length."""
+    if machine.dry_run:
+        yield from (TimedCase(HEADDIMS[-1], causal, SEQLENS[-1]) for causal in (True, False))
+    else:
+        yield from itertools.starmap(TimedCase, itertools.product(HEADDIMS, (True, False), SEQLENS))
+
+
+def time(machine: Machine, case: TimedCase) -> Iterator[dict]:
+    """Yields a row for the forward and one for the backward, with the tiles that are the fastest for this case."""
+    headdim, causal, seqlen = case
+    ours: dict[str, Attention] = {"ours": partial(forward, causal=causal)}
+    with ExitStack() as stack:
+        tried = tune(machine, case, stack)
+        for row in compare(machine, ours, headdim, causal, seqlen, backward=True):
+            yield row | tuning.chosen(headdim, torch.bfloat16) | {"tiles tried": tried}
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -136,14 +172,50 @@ def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return flash_attention(q, k, v, causal=causal)[0]
 
 
-def tune(machine: Machine, headdim: int, causal: bool) -> None:
-    """Picks the fastest tiles for long sequences; all later calls with this headdim use them."""
-    seqlen, nheads = (32, 2) if machine.dry_run else (SEQLENS[0], HIDDEN // headdim)
-    dtype = torch.float16 if machine.dry_run else torch.bfloat16
-    leaves = random_qkv((seqlen, seqlen), (nheads, nheads), headdim, dtype, machine.device)
-    q, k, v = (x.requires_grad_() for x in leaves)
-    out = forward(q, k, v, causal)
-    backward: Callable = partial(torch.autograd.grad, out, leaves, torch.randn_like(out), retain_graph=True)
-    tuning.tune("forward", headdim, dtype, partial(forward, q, k, v, causal))
-    tuning.tune("backward_kv", headdim, dtype, backward)
-    tuning.tune("backward_q", headdim, dtype, backward)
+def tune(machine: Machine, case: TimedCase, stack: ExitStack) -> dict[str, dict[str, float | str]]:
+    """Times each kernel's candidates, and uses the fastest while the stack is open.
+
+    Returns:
+        By kernel and tiles the milliseconds, or why there are none: a candidate that fails costs itself.
+
+    Raises:
+        RuntimeError: all candidates of a kernel fail.
+    """
+    if machine.dry_run:
+        return {}  # the interpreter has one
+    headdim, causal, seqlen = case
+    shape = ((seqlen, seqlen), (HIDDEN // headdim,) * 2, headdim, torch.bfloat16, machine.device, TOKENS // seqlen)
+    q, k, v = leaves = random_qkv(*shape)
+    run: Callable[[], object] = partial(forward, q, k, v, causal)
+    tried: dict[str, dict[str, float | str]] = {}
+    for kernel in tuning.KERNELS:
+        found = try_candidates(machine, kernel, case, run)
+        tried[kernel] = {str(tuple(config)): result for config, result in found.items()}
+        times = {config: result for config, result in found.items() if isinstance(result, float)}
+        if not times:
+            raise RuntimeError(f"all tiles of {kernel} fail: {tried[kernel]}")
+        stack.enter_context(tuning.using(kernel, headdim, torch.bfloat16, min(times, key=times.__getitem__)))
+        if kernel == "forward":  # the graph is made with the forward that was chosen
+            q, k, v = leaves = [x.requires_grad_() for x in leaves]
+            out = forward(q, k, v, causal)
+            run = partial(torch.autograd.grad, out, leaves, torch.randn_like(out), retain_graph=True)
+    return tried
+
+
+def try_candidates(
+    machine: Machine, kernel: str, case: TimedCase, run: Callable[[], object]
+) -> dict[tuning.Config, float | str]:
+    """The milliseconds of a call with each candidate for a kernel, or why there are none."""
+    found: dict[tuning.Config, float | str] = {}
+    for number, config in enumerate(candidates(kernel, case.headdim, torch.bfloat16)):
+        name = candidate(case.headdim, case.causal, number)
+        if name in machine.failed:
+            found[config] = f"its check failed: {machine.failed[name]}"
+            continue
+        try:
+            with tuning.using(kernel, case.headdim, torch.bfloat16, config):
+                timings = machine.attempt(f"{kernel}, {name}, {case}", partial(machine.time, {kernel: run}, TUNING))
+            found[config] = timings[kernel].median
+        except Unable as error:
+            found[config] = str(error)
+    return found
