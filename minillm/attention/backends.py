@@ -117,15 +117,14 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **
         q, k, v, backend, options: as given to `attention`.
 
     Raises:
-        ValueError: where the back end is unknown, or asked for by name and cannot do it.
-        TypeError: where an option is unknown.
+        ValueError, TypeError: what `attention` raises for them.
 
     Example:
         >>> q, k, v = torch.randn(3, 1, 5, 2, 16)
         >>> print(choose_backend(q, k, v, backend="tiled"))
         tiled: asked for by name
     """
-    return _choose(q, Keys(k, v), Options(**options), backend)
+    return _checked_choice(q, Keys(k, v), Options(**options), backend)
 
 
 @dataclass(frozen=True)
@@ -159,8 +158,13 @@ class Backend:
 
 
 def _run(q: Tensor, keys: Keys, options: Options, backend: str) -> Any:
+    choice = _checked_choice(q, keys, options, backend)
+    return BACKENDS[choice.name].run(q, keys, options)
+
+
+def _checked_choice(q: Tensor, keys: Keys, options: Options, backend: str) -> Choice:
     check_call(q, keys, options)
-    return BACKENDS[_choose(q, keys, options, backend).name].run(q, keys, options)
+    return _choose(q, keys, options, backend)
 
 
 def _choose(q: Tensor, keys: Keys, options: Options, name: str) -> Choice:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
-from minillm.attention.keys import Keys, Options, longest
+from minillm.attention.keys import Keys, Options
 
+# Whether the numbers in cu_seqlens, cache_seqlens and block_table are read and checked on a GPU too. Each call then
+# waits for the GPU, so it is off: switch it on to find out which call has numbers that do not fit.
+CHECK_ON_GPU = os.environ.get("MINILLM_CHECK_ON_GPU") == "1"
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+INFINITY = float("inf")
 PADDED, RAGGED = "(batch, seqlen, nheads, headdim)", "(total, nheads, headdim)"
 PAGED = "(num_blocks, page_size, nheads_k, headdim)"
 
@@ -37,7 +44,8 @@ def check_call(q: Tensor, keys: Keys, options: Options) -> None:
     """Raises ValueError or TypeError where queries, keys and options do not fit each other.
 
     The numbers in cu_seqlens, cache_seqlens and block_table are not read from a GPU, which the call would have to wait
-    for; only cu_seqlens are, where no max_seqlen comes with them, for then the call reads them anyway.
+    for; only cu_seqlens are, where no max_seqlen comes with them, for then the call reads them anyway. With
+    `CHECK_ON_GPU`, or MINILLM_CHECK_ON_GPU=1 in the environment, all of them are.
     """
     if keys.cu_seqlens is not None and (keys.cache_seqlens is not None or keys.block_table is not None):
         raise ValueError("keys have cu_seqlens, and cache_seqlens or block_table beside them: give one or the other")
@@ -50,7 +58,12 @@ def check_call(q: Tensor, keys: Keys, options: Options) -> None:
         _check_cached(keys.k, keys.cache_seqlens, keys.block_table)
     if len(options.window_size) != 2 or min(options.window_size) < -1:
         raise ValueError(f"window_size is {options.window_size}, wants (left, right) with -1 for no limit")
-    if options.softcap < 0:
+    for name, number in (("softmax_scale", options.softmax_scale), ("softcap", options.softcap)):
+        if isinstance(number, Tensor):
+            raise TypeError(f"{name} is a Tensor, wants a number: no gradient passes to it, give {name}.item()")
+    if options.softmax_scale is not None and not -INFINITY < options.softmax_scale < INFINITY:
+        raise ValueError(f"softmax_scale is {options.softmax_scale}, wants a finite number, or None for 1/√headdim")
+    if not 0 <= options.softcap < INFINITY:
         raise ValueError(f"softcap is {options.softcap}, wants a positive number, or 0 for none")
     for name, size in options.block_sizes.items():
         if size < 1:
@@ -71,6 +84,8 @@ def _check_tensors(q: Tensor, layout_q: str, k: Tensor, v: Tensor, layout_k: str
             raise ValueError(f"{name} has batch {x.shape[0]}, q has {q.shape[0]}: they must agree")
         if x.shape[-1] != q.shape[-1]:
             raise ValueError(f"{name} has headdim {x.shape[-1]}, q has {q.shape[-1]}: they must agree")
+    if q.shape[-1] < 1:
+        raise ValueError(f"q has headdim {q.shape[-1]}, wants 1 or more")
     if v.shape != k.shape:
         raise ValueError(f"v has shape {tuple(v.shape)}, k has {tuple(k.shape)}: they must agree")
     if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
@@ -86,17 +101,31 @@ def _check_ragged(q: Tensor, keys: Keys, options: Options) -> None:
             continue
         if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
             raise ValueError(f"{name} is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, wants int32 (batch + 1,)")
-        bounds = [0, len(x)] if cu_seqlens.is_cuda and max_seqlen is not None else cu_seqlens.tolist()
-        if not bounds or bounds[0] != 0 or bounds[-1] != len(x) or bounds != sorted(bounds):
-            raise ValueError(f"{name} is {bounds}, wants to rise from 0 to the {len(x)} rows of {of}")
-        if max_seqlen is not None and not cu_seqlens.is_cuda and longest(cu_seqlens) > max_seqlen:
+        if max_seqlen is None or may_read(cu_seqlens):
+            _check_bounds(name, cu_seqlens.tolist(), max_seqlen, of, len(x))
+        elif max_seqlen * (len(cu_seqlens) - 1) < len(x):  # all that can be said without reading a GPU's numbers
             raise ValueError(
-                f"max_seqlen_{of} is {max_seqlen}, and a sequence has {longest(cu_seqlens)} rows: "
-                "give the longest, or an upper bound"
+                f"max_seqlen_{of} is {max_seqlen}: {len(cu_seqlens) - 1} such sequences have fewer rows than {of}, "
+                f"which has {len(x)}; give the longest, or an upper bound"
             )
     batch = len(q) if options.cu_seqlens_q is None else len(options.cu_seqlens_q) - 1
     if keys.batch != batch:
         raise ValueError(f"the keys have {keys.batch} sequences, the queries {batch}: they must agree")
+
+
+def _check_bounds(name: str, bounds: list[int], max_seqlen: int | None, of: str, rows: int) -> None:
+    if not bounds or bounds[0] != 0 or bounds[-1] != rows or bounds != sorted(bounds):
+        raise ValueError(f"{name} is {bounds}, wants to rise from 0 to the {rows} rows of {of}")
+    most = max((stop - start for start, stop in pairwise(bounds)), default=0)
+    if max_seqlen is not None and most > max_seqlen:
+        raise ValueError(
+            f"max_seqlen_{of} is {max_seqlen}, and a sequence has {most} rows: give the longest, or an upper bound"
+        )
+
+
+def may_read(numbers: Tensor) -> bool:
+    """Whether a check may look at these numbers: on a GPU it would wait for all that was launched before."""
+    return CHECK_ON_GPU or not numbers.is_cuda
 
 
 def _check_cached(k: Tensor, cache_seqlens: Tensor, block_table: Tensor | None) -> None:
@@ -111,7 +140,7 @@ def _check_cached(k: Tensor, cache_seqlens: Tensor, block_table: Tensor | None) 
             got = f"{block_table.dtype} {tuple(block_table.shape)}"
             raise ValueError(f"block_table is {got}, wants int32 ({len(cache_seqlens)}, max_blocks)")
         room *= block_table.shape[1]
-    if cache_seqlens.is_cuda:
+    if not may_read(cache_seqlens):
         return
     lengths = cache_seqlens.tolist()
     if lengths and not 0 <= min(lengths) <= max(lengths) <= room:
