@@ -20,4 +20,6 @@ def has_tangent(*tensors: Tensor) -> bool:
 
 def in_torch_func(*tensors: Tensor) -> bool:
     """Whether `torch.func` differentiates (grad, vjp, jvp …) with respect to any of these."""
+    if torch.compiler.is_compiling():  # then torch.compile takes the transforms apart itself
+        return False
     return any(torch._C._functorch.is_gradtrackingtensor(x) for x in tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 
 import torch
@@ -149,6 +150,11 @@ def _check_cached(k: Tensor, cache_seqlens: Tensor, block_table: Tensor | None) 
         used = blocks[: -(-length // k.shape[1])]
         if used and not 0 <= min(used) <= max(used) < len(k):
             raise ValueError(f"block_table has the blocks {used}, wants 0 to {len(k) - 1}")
+
+
+def own_precision(x: Tensor) -> AbstractContextManager:
+    """A context in which autocast is off, for code that chooses its precisions itself: attention computes in q's dtype."""
+    return torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext()
 
 
 def softmax_scale_of(q: Tensor, softmax_scale: float | None) -> float:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minillm.attention.inputs import check_inputs, softmax_scale_of
+from minillm.attention.inputs import check_inputs, own_precision, softmax_scale_of
 from minillm.attention.masks import Visibility, tiles
 from minillm.attention.online import OnlineSoftmax, from_rows, merge_state, tile_scores, to_rows, widen
 from minillm.measure.traffic import Counted, in_hbm, on_chip
@@ -44,7 +44,7 @@ def flash_attention(
     check_inputs(q, k, v, window_size, softcap, block_q=block_q, block_k=block_k)
     visibility = Visibility(q.shape[1], k.shape[1], causal, window_size)
     tiling = Tiling(visibility, softmax_scale_of(q, softmax_scale), softcap, block_q, block_k)
-    out, lse = _FlashAttention.apply(q, k, v, tiling)
+    out, lse = _apply(q, k, v, tiling)
     return (out, lse) if return_lse else out
 
 
@@ -56,6 +56,12 @@ class Tiling(NamedTuple):
     softcap: float
     block_q: int
     block_k: int
+
+
+@torch.compiler.disable  # loops over tiles whose number depends on the lengths: a graph break, and the eager result
+def _apply(q: Tensor, k: Tensor, v: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor]:
+    with own_precision(q):
+        return _FlashAttention.apply(q, k, v, tiling)
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -76,13 +82,15 @@ class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
         q, k, v, out, lse = ctx.saved_tensors
-        return *tiled_backward(grad_out, grad_lse, q, k, v, out, lse, ctx.tiling), None
+        with own_precision(q):
+            return *tiled_backward(grad_out, grad_lse, q, k, v, out, lse, ctx.tiling), None
 
     @staticmethod
     def jvp(ctx, *tangents):
         q, k, v, out, lse = ctx.saved_tensors
         zeros = (torch.zeros_like(x) if dx is None else dx for x, dx in zip((q, k, v), tangents, strict=False))
-        return tiled_tangents(*zeros, q, k, v, out, lse, ctx.tiling)
+        with own_precision(q):
+            return tiled_tangents(*zeros, q, k, v, out, lse, ctx.tiling)
 
 
 def tiled_forward(q: Tensor, k: Tensor, v: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor]:
