@@ -153,7 +153,7 @@ def _check_cached(k: Tensor, cache_seqlens: Tensor, block_table: Tensor | None) 
 
 
 def own_precision(x: Tensor) -> AbstractContextManager:
-    """A context in which autocast is off, for code that chooses its precisions itself: attention computes in q's dtype."""
+    """A context in which autocast is off, for code that chooses its precisions itself: attention goes by q's."""
     return torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext()
 
 

@@ -88,9 +88,9 @@ class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, *tangents):
         q, k, v, out, lse = ctx.saved_tensors
-        zeros = (torch.zeros_like(x) if dx is None else dx for x, dx in zip((q, k, v), tangents, strict=False))
+        dq, dk, dv = (torch.zeros_like(x) if dx is None else dx for x, dx in zip((q, k, v), tangents, strict=False))
         with own_precision(q):
-            return tiled_tangents(*zeros, q, k, v, out, lse, ctx.tiling)
+            return tiled_tangents(dq, dk, dv, q, k, v, out, lse, ctx.tiling)
 
 
 def tiled_forward(q: Tensor, k: Tensor, v: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor]:
@@ -209,7 +209,7 @@ def tiled_backward(
 
 
 def score_slope(scores: Tensor, tiling: Tiling) -> Tensor | float:
-    """What a score changes by for each 1 that q · k does: the scale, and with a softcap tanh' = 1 - tanh² times that."""
+    """What a score changes by for each 1 that q · k does: the scale, with a softcap times tanh' = 1 - tanh²."""
     if tiling.softcap <= 0:
         return tiling.scale
     capped = (scores / tiling.softcap).masked_fill(scores == -torch.inf, 0)  # a masked score passes nothing on
@@ -219,7 +219,7 @@ def score_slope(scores: Tensor, tiling: Tiling) -> Tensor | float:
 def tiled_tangents(
     dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiling: Tiling
 ) -> tuple[Tensor, Tensor]:
-    """The derivative in the direction (dq, dk, dv): d lse = Σ p · d score, d out = Σ p · (d score · v + dv) - d lse · out.
+    """The derivative in a direction: d lse = Σ p · d score, and d out = Σ p · (d score · v + dv) - d lse · out.
 
     Returns:
         The tangents of out and lse, like them.
