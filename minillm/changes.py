@@ -24,7 +24,7 @@ def weights_of(model: MiniLLM) -> tuple:
     places = tuple(
         (x.data_ptr(), 0 if x.is_inference() else x._version, x.dtype, x.device, x.shape) for x in parameters
     )
-    return model.config, places, _sums(parameters)
+    return repr(model.config), places, _sums(parameters)
 
 
 @torch.no_grad()

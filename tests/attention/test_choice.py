@@ -69,7 +69,7 @@ def test_what_one_launch_cannot_hold_is_refused_before_it(name):
     assert "65535" in result_of(lambda: attention(q, q, q, backend="triton"))[1]
 
 
-@pytest.mark.parametrize("scale, causal", itertools.product([0.0, -0.3, -4.0, 4.0], [False, True]))
+@pytest.mark.parametrize("scale, causal", list(itertools.product([0.0, -0.3, -4.0, 4.0], [False, True])))
 @pytest.mark.parametrize("backend", ["tiled", "sdpa"])
 def test_any_finite_scale_is_within_the_budget(backend, scale, causal):
     q, k, v = random_qkv((33, 40), (4, 2), 16)
