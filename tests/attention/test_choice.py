@@ -2,24 +2,32 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from allpairspy import AllPairs
 
 from minillm.attention import attention, choose_backend, naive_attention
-from minillm.attention.backends import BACKENDS
+from minillm.attention.backends import BACKENDS, Choice
 from minillm.measure import assert_within_budget
 from tests.attention.grid import random_qkv
 
-OPTIONS = {
-    "backend": ["auto", *BACKENDS, "flash"],
-    "softmax_scale": [None, 0.3, 0.0, -0.3, 1e-3, math.nan, math.inf, -math.inf, torch.tensor(0.3)],
-    "softcap": [0.0, 2.0, -1.0, math.nan, math.inf],
-    "window_size": [(-1, -1), (2, 0), (-2, 0), (2**40, 2**40)],
+GOOD = {
+    "backend": ["auto", *BACKENDS],
+    "softmax_scale": [None, 0.3, 0.0, -0.3, 1e-3],
+    "softcap": [0.0, 2.0],
+    "window_size": [(-1, -1), (2, 0), (2**40, 2**40)],
     "causal": [False, True],
     "return_lse": [False, True],
-    "block_q": [None, 4, 0],
+    "block_q": [None, 4],
+}
+BAD = {
+    "softmax_scale": [math.nan, math.inf, -math.inf, torch.tensor(0.3)],
+    "softcap": [-1.0, math.nan, math.inf, torch.tensor(2.0)],
+    "window_size": [(-2, 0), (1, 2, 3)],
+    "block_q": [0],
+    "backend": ["flash"],
 }
 SHAPES = [((3, 5), (4, 2), 8), ((3, 5), (3, 2), 8), ((1, 4), (2, 1), 300), ((2, 2), (1, 1), 0), ((0, 3), (2, 2), 4)]
 
@@ -31,35 +39,49 @@ def result_of(call):
         return type(error), str(error)
 
 
-def every_pair():
-    return [dict(zip(OPTIONS, values, strict=True)) for values in AllPairs(list(OPTIONS.values()))]
+def calls():
+    """Every pair of good values; each value with each back end alone; and bad ones, one at a time."""
+    values = (values for values in AllPairs(list(GOOD.values())))
+    yield from (dict(zip(GOOD, row, strict=True)) for row in values)
+    for backend in GOOD["backend"]:
+        for options in (GOOD, BAD):
+            yield from ({"backend": backend, name: value} for name, values in options.items() for value in values)
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The names of the back ends that have run."""
+    names = []
+    for name, backend in BACKENDS.items():
+
+        def run(*call, name=name, run=backend.run):
+            names.append(name)
+            return run(*call)
+
+        monkeypatch.setitem(BACKENDS, name, replace(backend, run=run))
+    return names
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_what_choose_backend_says_is_what_the_call_does(shape, monkeypatch):
-    taken = []
-    for name, backend in list(BACKENDS.items()):
-        run = backend.run
-
-        def spy(*call, name=name, run=run):
-            taken.append(name)
-            return run(*call)
-
-        monkeypatch.setitem(BACKENDS, name, type(backend)(backend.strength, spy, backend.why_not, backend.slow))
+def test_what_choose_backend_says_is_what_the_call_does(shape, taken):
     q, k, v = random_qkv(*shape)
-    refused = 0
-    for options in every_pair():
+    for options in calls():
         taken.clear()
-        choice, done = result_of(lambda o=options: choose_backend(q, k, v, **o)), None
+        choice = result_of(lambda o=options: choose_backend(q, k, v, **o))
         done = result_of(lambda o=options: attention(q, k, v, **o))
-        if isinstance(choice, tuple):
-            refused += 1
-            assert done == choice and not taken, options
+        if isinstance(choice, Choice):
+            assert taken == [choice.name], options
+            assert isinstance(done, torch.Tensor) or isinstance(done[0], torch.Tensor), (options, done)
         else:
-            assert taken == [choice.name] and not isinstance(done[0] if isinstance(done, tuple) else done, type), (
-                options
-            )
-    assert refused
+            assert done == choice and not taken, options
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in BAD.items() for value in values], ids=str)
+@pytest.mark.parametrize("backend", GOOD["backend"])
+def test_what_makes_no_sense_is_refused_by_its_name(backend, name, value):
+    q, k, v = random_qkv(*SHAPES[0])
+    with pytest.raises((ValueError, TypeError), match=f"{name} is"):
+        attention(q, k, v, **({"backend": backend} | {name: value}))
 
 
 @pytest.mark.parametrize("name", ["batch", "heads"])
