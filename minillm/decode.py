@@ -7,18 +7,34 @@ norms' weights multiplied into the matrix behind them, results written into buff
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from functools import wraps
 from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minillm.attention.inputs import own_precision
 from minillm.cache import KVCache
 from minillm.model import Block, MiniLLM
 from minillm.rope import rotary_tables
 
 Weights = Literal["same", "int8"]
+INT8_STEP = 16  # numbers of a row that torch's int8 product takes at a time
 Matrix = Tensor | tuple[Tensor, Tensor]  # (in, out); or int8 (out, in) with a scale for each output
+
+
+def without_autocast(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A step computes in the dtype that its weights were packed in, under autocast too."""
+
+    @wraps(step)
+    def in_own_precision(decoder: Decoder, token_ids: Tensor, kv_cache: KVCache) -> Tensor:
+        with own_precision(token_ids):
+            return step(decoder, token_ids, kv_cache)
+
+    return in_own_precision
 
 
 class PackedLayer(NamedTuple):
@@ -40,16 +56,25 @@ class Decoder:
 
     Raises:
         ValueError: where `weights` is unknown.
+
+    The buffers of a step belong to one thread at a time: `fork` gives another thread its own.
     """
 
     def __init__(self, model: MiniLLM, weights: Weights = "same"):
         if weights not in ("same", "int8"):
             raise ValueError(f"weights is {weights!r}, wants 'same' or 'int8'")
         self.config = model.config
-        self._pack(model, quantise if weights == "int8" else lambda weight: weight.t().contiguous())
+        self._pack(model, quantise_padded if weights == "int8" else lambda weight: weight.t().contiguous())
         self._make_buffers(1)
 
+    def fork(self) -> Decoder:
+        """The same packed weights with buffers of its own, so that each thread can step, or each of several texts."""
+        fork = copy.copy(self)
+        fork._make_buffers(self.batch_size)
+        return fork
+
     @torch.inference_mode()
+    @without_autocast
     def step(self, token_ids: Tensor, kv_cache: KVCache) -> Tensor:
         """Takes in one token a row and writes its keys and values into the cache.
 
@@ -116,7 +141,7 @@ class Decoder:
             for block in cast("list[Block]", model.layers)
         ]
         self._head = join(model.norm, model.lm_head)
-        self._embedding = model.embed_tokens.weight.detach()
+        self._embedding = model.embed_tokens.weight.detach().clone()
         heads, heads_k = self.config.num_attention_heads, self.config.num_key_value_heads
         positions = torch.arange(self.config.max_position_embeddings, device=self._embedding.device)
         cos, sin = (
@@ -154,7 +179,7 @@ def product(x: Tensor, weight: Matrix, out: Tensor) -> Tensor:
     """x @ weight, written to `out`."""
     if isinstance(weight, Tensor):
         return torch.mm(x, weight, out=out)
-    return out.copy_(torch._weight_int8pack_mm(x.bfloat16(), *weight))
+    return out.copy_(int8_product(x, *weight))
 
 
 def add_product(x: Tensor, y: Tensor, weight: Matrix) -> None:
@@ -162,7 +187,24 @@ def add_product(x: Tensor, y: Tensor, weight: Matrix) -> None:
     if isinstance(weight, Tensor):
         torch.addmm(x, y, weight, out=x)
     else:
-        x.add_(torch._weight_int8pack_mm(y.bfloat16(), *weight))
+        x.add_(int8_product(y, *weight))
+
+
+def int8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x @ (weight · scale)ᵀ in bf16, for a matrix from `quantise_padded`."""
+    padding = weight.shape[1] - x.shape[1]
+    x = F.pad(x, (0, padding)) if padding else x
+    return torch._weight_int8pack_mm(x.bfloat16(), weight, scale)
+
+
+def quantise_padded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantise`, and zeros behind each row up to a multiple of 16 numbers.
+
+    torch's product takes 16 numbers of a row at a time and does not look where the row ends: of other widths it reads
+    what lies behind, and writes garbage or ends the process (pytorch issue 136709).
+    """
+    narrow, scale = quantise(weight)
+    return F.pad(narrow, (0, -narrow.shape[1] % INT8_STEP)), scale
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,34 +5,45 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from operator import index
+from collections.abc import Iterable, Iterator
+from typing import get_args
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from minillm.cache import KVCache
+from minillm.changes import Plain, check_layers, weights_of
 from minillm.checkpoint import load_checkpoint
 from minillm.corpus import BOT, SPECIAL_TOKENS, user_turn
 from minillm.decode import Decoder, Weights
+from minillm.ids import as_prompts, as_stop_tokens
 from minillm.measure.profiler import Reads, phase, profile
 from minillm.model import MiniLLM
 from minillm.sampling import check_sampling, sample
-from minillm.tokenizer import END_ID
 
 
 class TextGenerator:
     """Writes on from prompts, with a KV cache.
 
+    Each call looks whether the weights are those that were packed, and packs them again where they changed. A model
+    with hooks, adapters or other modules runs its own forward at every step. Several threads may call one generator:
+    they share the packed weights, and each text has buffers of its own.
+
     Args:
-        model, tokenizer: left out, those of the shipped checkpoint.
+        model, tokenizer: left out, those of the shipped checkpoint. Without a tokenizer, a model writes ids only.
         use_flash_attention: fused attention and the packed `Decoder`; false runs every step through the model's
             own forward with the naive attention.
         weights: "same", or "int8" for the decode steps, as in `Decoder`, which they need.
 
+    Attributes:
+        stop_tokens: the ids that end a text where a call names none: `model.config.eos_token_ids`; where it has none,
+            the end of a turn in the tokenizer that this course trains; else no id at all.
+
     Raises:
-        ValueError: where `weights` is unknown, or not "same" without the `Decoder`.
+        ValueError: where `weights` is unknown, or not "same" without the `Decoder`; or a tokenizer comes without its
+            model.
+        TypeError: where `model` or `tokenizer` is of another library.
 
     Example:
         >>> generator = TextGenerator()
@@ -50,12 +61,21 @@ class TextGenerator:
     ):
         if not use_flash_attention and weights != "same":
             raise ValueError(f"weights is {weights!r}, wants 'same' where use_flash_attention is False")
+        if weights not in get_args(Weights):
+            raise ValueError(f"weights is {weights!r}, wants one of {', '.join(get_args(Weights))}")
+        _check_parts(model, tokenizer)
         if model is None:
             model, tokenizer = load_checkpoint()
         self.model, self.tokenizer = model, tokenizer
         self._backend = "auto" if use_flash_attention else "naive"
-        self._decoder = Decoder(model, weights) if use_flash_attention else None
-        self._weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        self._weights = weights
+        self._plain = Plain(model.config)
+        self._packed = (weights_of(model), Decoder(model, weights)) if self._can_pack() else None
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        config_has = getattr(self.model.config, "eos_token_ids", ())
+        return tuple(config_has) or tuple(self._dialogue_ids[-1:])
 
     def generate(self, prompt_ids, max_new_tokens: int = 50, temperature: float = 0.8, **options):
         """The tokens that follow one prompt, or each of several.
@@ -90,7 +110,7 @@ class TextGenerator:
         top_k: int = 0,
         top_p: float = 1.0,
         min_p: float = 0.0,
-        stop_tokens: Sequence[int] = (END_ID,),
+        stop_tokens: int | Iterable[int] | Tensor | None = None,
         seed: int | None = None,
     ) -> Iterator[list[int | None]]:
         """The same, token by token, as soon as each is there.
@@ -98,22 +118,27 @@ class TextGenerator:
         Args:
             prompt_ids, max_new_tokens, temperature: as in `generate`.
             top_k, top_p, min_p: as in `minillm.sampling`.
-            stop_tokens: a row ends where the model chooses one of these.
+            stop_tokens: a row ends where the model chooses one of these: an id, or a sequence, a set or a Tensor of
+                them; () for none. Left out: `self.stop_tokens`.
             seed: of the draws; the same seed, prompts and machine give the same tokens.
 
         Yields:
             A token for each prompt, None for those that have ended; until all have.
 
         Raises:
-            TypeError: where `prompt_ids` are no ids.
+            TypeError: where `prompt_ids` or `stop_tokens` are no ids.
             ValueError: where a prompt is empty, too long for the model together with `max_new_tokens`, or holds
-                an unknown id; and for an option that makes no sense. Before the first token, in the call itself.
+                an unknown id; for an option that makes no sense; and where weights="int8" cannot stand for the model,
+                because it has hooks or adapters now. Before the first token, in the call itself.
         """
         prompts, _ = as_prompts(prompt_ids)
         check_sampling(temperature, top_k, top_p, min_p)
         self._check(prompts, max_new_tokens, seed)
         sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-        return self._stream(prompts, max_new_tokens, sampling, frozenset(stop_tokens), seed)
+        vocab_size = self.model.config.vocab_size
+        stops = frozenset(self.stop_tokens if stop_tokens is None else as_stop_tokens(stop_tokens, vocab_size))
+        self._can_pack()  # or raises, here and not at the first token
+        return self._stream(prompts, max_new_tokens, sampling, stops, seed)
 
     def stream_text(self, text: str, max_new_tokens: int = 50, temperature: float = 0.8, **options) -> Iterator[str]:
         """The model's answer to a user's text, in pieces.
@@ -123,10 +148,16 @@ class TextGenerator:
             max_new_tokens, temperature, options: as in `stream`.
 
         Raises:
-            ValueError: as `stream`, and where the text is blank or holds a mark that separates turns.
+            ValueError: as `stream`; where the text is blank or holds a mark that separates turns; and where the
+                tokenizer does not know those marks.
         """
         if self.tokenizer is None:
             raise ValueError("tokenizer is None: text needs one, give it to TextGenerator beside the model")
+        if not self._dialogue_ids:
+            raise ValueError(
+                f"tokenizer has no tokens {', '.join(SPECIAL_TOKENS)}, between which this course's models read a text: "
+                "encode the prompt yourself and call generate(tokenizer.encode(text).ids)"
+            )
         if not text.strip():
             raise ValueError("text is blank: say something")
         if any("\ud800" <= character <= "\udfff" for character in text):  # surrogates: bytes that were not UTF-8
@@ -141,11 +172,45 @@ class TextGenerator:
         """The whole answer of `stream_text`."""
         return "".join(self.stream_text(text, max_new_tokens, temperature, **options)).strip()
 
+    @property
+    def _dialogue_ids(self) -> list[int]:
+        """The ids of the marks that separate turns, the end of one last; none where the tokenizer lacks one of them."""
+        if self.tokenizer is None:
+            return []
+        ids = [self.tokenizer.token_to_id(mark) for mark in SPECIAL_TOKENS]
+        known = [token for token in ids if token is not None]
+        return known if len(known) == len(ids) else []
+
+    def _can_pack(self) -> bool:
+        """Whether a `Decoder` may stand for the model's forward; raises ValueError where it may not and has to."""
+        check_layers(self.model)
+        if self._backend == "naive":
+            return False
+        if self._plain.config is not self.model.config:
+            self._plain = Plain(self.model.config)
+        reason = self._plain.why_not(self.model)
+        if reason and self._weights != "same":
+            raise ValueError(f"weights is {self._weights!r}, and {reason}: take 'same', for the model's own forward")
+        return reason is None
+
+    def _decoder(self) -> Decoder | None:
+        """A decoder of the weights as they are now, with buffers of its own; None for the model's own forward.
+
+        Two threads may both pack new weights: one pays twice, and both are right.
+        """
+        if not self._can_pack():
+            return None
+        weights, packed = weights_of(self.model), self._packed
+        if packed is None or packed[0] != weights:
+            packed = self._packed = (weights, Decoder(self.model, self._weights))
+        return packed[1].fork()
+
     def _stream(self, prompts, max_new_tokens, sampling, stop_tokens, seed) -> Iterator[list[int | None]]:
-        weight = self.model.embed_tokens.weight
-        generator = None if seed is None else torch.Generator(weight.device).manual_seed(seed)
+        decoder, device = self._decoder(), self.model.embed_tokens.weight.device
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         capacity = max(map(len, prompts)) + max_new_tokens
-        cache = KVCache(self.model.config, len(prompts), capacity=capacity, dtype=weight.dtype, device=weight.device)
+        dtype = cache_dtype(self.model.embed_tokens.weight, decoder)
+        cache = KVCache(self.model.config, len(prompts), capacity=capacity, dtype=dtype, device=device)
         running = [True] * len(prompts)
         logits = self._prefill(prompts, cache)
         for written in range(1, max_new_tokens + 1):
@@ -156,7 +221,7 @@ class TextGenerator:
                 return
             yield [token if go_on else None for go_on, token in zip(running, tokens, strict=True)]
             if written < max_new_tokens:
-                logits = self._step(chosen, cache, sum(running))
+                logits = self._step(decoder, chosen, cache, sum(running))
 
     @torch.no_grad()
     def _prefill(self, prompts: list[list[int]], cache: KVCache) -> Tensor:
@@ -171,18 +236,21 @@ class TextGenerator:
             )
         return logits[:, 0]
 
-    def _step(self, token_ids: Tensor, cache: KVCache, running: int) -> Tensor:
+    def _step(self, decoder: Decoder | None, token_ids: Tensor, cache: KVCache, running: int) -> Tensor:
         """Rows that have ended are carried along: a step costs nearly the same without them."""
 
         def reads() -> Reads:
-            weights = self._weight_bytes if self._decoder is None else self._decoder.nbytes
-            return Reads(weights, cache.used_bytes)
+            return Reads(self._weight_bytes if decoder is None else decoder.nbytes, cache.used_bytes)
 
         with phase("decode", running, reads):
-            if self._decoder is not None:
-                return self._decoder.step(token_ids, cache)
+            if decoder is not None:
+                return decoder.step(token_ids, cache)
             with torch.no_grad():
                 return self.model(token_ids[:, None], cache, attention_backend=self._backend)[:, 0]
+
+    @property
+    def _weight_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.model.parameters())
 
     def _pieces(self, stream: Iterator[list[int | None]]) -> Iterator[str]:
         """Text as it grows; a character of several tokens is held back until its last byte is there."""
@@ -201,7 +269,7 @@ class TextGenerator:
 
     def _check(self, prompts: list[list[int]], max_new_tokens: int, seed: int | None) -> None:
         limit, vocab_size = self.model.config.max_position_embeddings, self.model.config.vocab_size
-        if max_new_tokens < 1:
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}, wants 1 or more")
         if seed is not None and not -(2**63) <= seed < 2**64:
             raise ValueError(f"seed is {seed}, wants a number of 64 bits")
@@ -219,16 +287,27 @@ class TextGenerator:
                 raise ValueError(f"{which} holds the id {unknown}, the vocabulary goes from 0 to {vocab_size - 1}")
 
 
-def as_prompts(prompt_ids) -> tuple[list[list[int]], bool]:
-    """The ids as lists, whatever their form; and whether they were one prompt rather than a batch."""
-    try:
-        rows = list(prompt_ids.tolist() if isinstance(prompt_ids, Tensor) else prompt_ids)
-        single = not rows or not isinstance(rows[0], Iterable)
-        return [list(map(index, row)) for row in ([rows] if single else rows)], single
-    except TypeError:  # no sequence, or one of texts, of fractions, or of more than two dimensions
+def cache_dtype(weight: Tensor, decoder: Decoder | None) -> torch.dtype:
+    """The weights' dtype; where the model's own forward makes all keys, autocast's too has to fit in."""
+    if decoder is not None or weight.dtype == torch.float64 or not torch.is_autocast_enabled(weight.device.type):
+        return weight.dtype
+    return torch.promote_types(weight.dtype, torch.get_autocast_dtype(weight.device.type))
+
+
+def _check_parts(model, tokenizer) -> None:
+    compiled_from = getattr(model, "_orig_mod", model)  # what torch.compile returns has the model inside
+    if model is None and tokenizer is not None:
+        raise ValueError("tokenizer comes without a model: give both, or neither for the shipped checkpoint")
+    if model is not None and not isinstance(compiled_from, MiniLLM):
         raise TypeError(
-            f"prompt_ids is {prompt_ids!r:.60}, wants the integer ids of one prompt, or of several"
-        ) from None
+            f"model is a {type(model).__name__}, wants a MiniLLM: minillm.checkpoint has from_transformers and "
+            "load_checkpoint, which make one"
+        )
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        raise TypeError(
+            f"tokenizer is a {type(tokenizer).__name__}, wants a tokenizers.Tokenizer: leave it out, and give ids to "
+            "generate, such as tokenizer(text)['input_ids']"
+        )
 
 
 def main() -> None:

@@ -44,6 +44,7 @@ FILES = {
     "test_doctor.py": ("lesson00",),
     "test_examples.py": ALL,
     "test_generate.py": ("lesson04",),
+    "test_generate_changes.py": ("lesson04",),
     "test_house.py": ALL,
     "test_lessons.py": ALL,
     "test_minillm_document.py": ("lesson04",),

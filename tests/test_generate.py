@@ -10,6 +10,7 @@ import torch
 
 from minillm.checkpoint import load_checkpoint
 from minillm.corpus import BOT, user_turn
+from minillm.decode import Decoder
 from minillm.generate import TextGenerator, main
 from minillm.measure import profile
 from minillm.tokenizer import END_ID
@@ -99,8 +100,8 @@ def test_the_same_seed_writes_the_same_and_another_one_something_else():
 
 def test_a_stream_gives_each_token_before_the_next_is_computed(monkeypatch):
     calls = []
-    step = GENERATOR._decoder.step
-    monkeypatch.setattr(GENERATOR._decoder, "step", lambda *args: calls.append(1) or step(*args))
+    step = Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda *args: calls.append(1) or step(*args))
     stream = GENERATOR.stream(prompt(TALK + "Where do I live?"), temperature=0)
     for steps in range(3):
         assert len(next(stream)) == 1 and len(calls) == steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ import triton
 from torch import Tensor
 
 from kernels import tuning
+from kernels.derivatives import has_tangent, in_torch_func
 from kernels.flash_attention.backward import backward_kv_kernel, backward_q_kernel, delta_kernel
 from kernels.flash_attention.forward import forward_kernel
 from kernels.runtime import prepare
@@ -17,6 +19,7 @@ MODE = prepare()
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEADDIM = 256
 MAX_GRID = 65535  # programs along the second and third axis of a launch (CUDA), which are heads and batch
+ONE_BACKWARD = "the kernels have one backward and nothing else, attention in PyTorch has all (backend='tiled', 'naive')"
 DELTA_ROWS = 256 if MODE.name == "interpreter" else 32  # a program of delta_kernel
 
 
@@ -103,11 +106,14 @@ def _check(
         raise ValueError(f"window_size is {window_size}, wants (left, right) with -1 for no limit")
     if softcap < 0:
         raise ValueError(f"softcap is {softcap}, wants a positive number, or 0 for none")
-    if softmax_scale is not None and softmax_scale <= 0:  # the kernel takes the maximum before it scales
+    if softmax_scale is not None and not softmax_scale > 0:  # the kernel takes the maximum before it scales
         raise ValueError(f"softmax_scale is {softmax_scale}, wants a positive number")
     for name, cu_seqlens in zip(("cu_seqlens_q", "cu_seqlens_k"), ragged[:2] if ragged else (), strict=False):
         if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.device != q.device:
             raise ValueError(f"{name} is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, wants int32 (batch + 1,)")
+    if ragged and not (q.is_cuda or torch.compiler.is_compiling()):  # a GPU's numbers are not waited for
+        _check_bounds("q", q, ragged.cu_seqlens_q.tolist(), ragged.max_seqlen_q)
+        _check_bounds("k", k, ragged.cu_seqlens_k.tolist(), ragged.max_seqlen_k)
     if ragged and len(ragged.cu_seqlens_q) != len(ragged.cu_seqlens_k):
         sizes = len(ragged.cu_seqlens_q), len(ragged.cu_seqlens_k)
         raise ValueError(f"cu_seqlens_q has {sizes[0]} entries, cu_seqlens_k {sizes[1]}: they must agree")
@@ -115,6 +121,17 @@ def _check(
     for what, number in (("batch", batch), ("heads", q.shape[-2])):
         if number > MAX_GRID:
             raise ValueError(f"q has {what} {number}, wants at most {MAX_GRID}: split the call")
+    if has_tangent(q, k, v) or in_torch_func(q, k, v):
+        raise ValueError(f"q, k or v is differentiated in forward mode or by torch.func: {ONE_BACKWARD}")
+
+
+def _check_bounds(of: str, x: Tensor, bounds: list[int], max_seqlen: int) -> None:
+    """The interpreter reads real memory: outside of a tensor, that ends the process."""
+    if not bounds or bounds[0] != 0 or bounds[-1] != len(x) or bounds != sorted(bounds):
+        raise ValueError(f"cu_seqlens_{of} is {bounds}, wants to rise from 0 to the {len(x)} rows of {of}")
+    longest = max((stop - start for start, stop in pairwise(bounds)), default=0)
+    if longest > max_seqlen:
+        raise ValueError(f"max_seqlen_{of} is {max_seqlen}, and a sequence has {longest} rows")
 
 
 @torch.library.custom_op("kernels::flash_attention_forward", mutates_args=())
@@ -187,6 +204,13 @@ def _differentiate(ctx, grad_out, grad_lse):
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep_for_backward)
+
+
+def _refuse_second_derivative(ctx, *grads):
+    raise NotImplementedError(f"a gradient of the Triton kernels is differentiated: {ONE_BACKWARD}")
+
+
+_backward.register_autograd(_refuse_second_derivative)
 
 
 def _ready(*tensors: Tensor):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from minillm.attention import sdpa, triton
-from minillm.attention.inputs import check_call
+from minillm.attention.inputs import check_call, own_precision
 from minillm.attention.keys import Keys, Options, each_sequence
 from minillm.attention.naive import naive_attention
 from minillm.attention.tiled import flash_attention
@@ -50,6 +50,9 @@ def attention(
     Raises:
         ValueError, TypeError: where the tensors are no attention input, the back end is unknown, or the back end
             that was asked for by name cannot do it.
+
+    It computes in q's dtype, under autocast too. "naive" and "tiled" have derivatives of all orders, in both modes;
+    "sdpa" and "triton" have one backward, and raise an error where more is asked for.
 
     Example:
         >>> q = torch.randn(1, 5, 8, 64)
@@ -135,8 +138,7 @@ def choose_backend(q: Tensor, k: Tensor | Keys, v: Tensor | None = None, *, back
         if v is None:
             raise TypeError("v is missing: give k and v, or Keys in place of both")
         k = Keys(k, v)
-    check_call(q, k, asked := Options(**options))
-    return _choose(q, k, asked, backend)
+    return _checked_choice(q, k, Options(**options), backend)
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,14 @@ class Backend:
 
 
 def _run(q: Tensor, keys: Keys, options: Options, backend: str) -> Any:
+    choice = _checked_choice(q, keys, options, backend)
+    with own_precision(q):
+        return BACKENDS[choice.name].run(q, keys, options)
+
+
+def _checked_choice(q: Tensor, keys: Keys, options: Options, backend: str) -> Choice:
     check_call(q, keys, options)
-    return BACKENDS[_choose(q, keys, options, backend).name].run(q, keys, options)
+    return _choose(q, keys, options, backend)
 
 
 def _choose(q: Tensor, keys: Keys, options: Options, name: str) -> Choice:

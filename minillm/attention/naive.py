@@ -47,7 +47,8 @@ def naive_attention(
     keys = k.repeat_interleave(group, dim=2).transpose(1, 2)  # (batch, nheads, seqlen_k, headdim)
     values = v.repeat_interleave(group, dim=2).transpose(1, 2)
 
-    scores = queries @ keys.transpose(-1, -2) * softmax_scale_of(q, softmax_scale)  # (b, h, sq, sk)
+    # Scores in fp32 at least, as a tensor core sums them: in fp16, q · k overflows beyond 65504.
+    scores = widen(queries) @ widen(keys).transpose(-1, -2) * softmax_scale_of(q, softmax_scale)  # (b, h, sq, sk)
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
     visibility = Visibility(q.shape[1], k.shape[1], causal, window_size)
@@ -56,8 +57,13 @@ def naive_attention(
         scores = scores.masked_fill(~mask, -torch.inf)
 
     probabilities, lse = safe_softmax(scores)
-    out = (probabilities @ values).transpose(1, 2)
+    out = (probabilities.to(v.dtype) @ values).transpose(1, 2)
     return (out, lse) if return_lse else out
+
+
+def widen(x: Tensor) -> Tensor:
+    """Half precision to fp32, as a tensor core accumulates; fp32 and float64 stay."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def safe_softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +75,7 @@ def safe_softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         probabilities like scores (an all -inf row gives zeros), lse (...) in fp32 (float64 for float64).
     """
-    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    wide = widen(scores)
     if wide.shape[-1] == 0:
         return scores, wide.new_full(wide.shape[:-1], -torch.inf)
     m = wide.detach().amax(-1, keepdim=True)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from minillm.attention.inputs import check_inputs, softmax_scale_of
 from minillm.attention.masks import Visibility, tiles
+from minillm.attention.naive import widen
 
 
 class OnlineSoftmax:
@@ -150,11 +151,6 @@ def tile_scores(q_rows: Tensor, k_tile: Tensor, scale: float, softcap: float, ma
         hidden = ~mask.repeat(scores.shape[2] // mask.shape[0], 1)
         scores = scores.masked_fill(hidden, -torch.inf)
     return scores
-
-
-def widen(x: Tensor) -> Tensor:
-    """Half precision to fp32, as a tensor core accumulates; fp32 and float64 stay."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def to_rows(x: Tensor, nheads_k: int) -> Tensor:

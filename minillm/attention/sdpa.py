@@ -7,6 +7,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.derivatives import has_tangent
 from minillm.attention.keys import Keys, Options, each_sequence
 from minillm.attention.masks import Visibility
 
@@ -17,6 +18,8 @@ def why_not(q: Tensor, keys: Keys, options: Options) -> str | None:
         return "has no softcap"
     if options.return_lse:
         return "does not return the lse"
+    if has_tangent(q, keys.k, keys.v):
+        return "has no forward-mode derivative"
     return "has no block_q and block_k" if options.block_sizes else None
 
 

@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from minillm.attention.inputs import check_inputs, softmax_scale_of
+from minillm.attention.inputs import check_inputs, own_precision, softmax_scale_of
 from minillm.attention.masks import Visibility, tiles
 from minillm.attention.online import OnlineSoftmax, from_rows, merge_state, tile_scores, to_rows, widen
 from minillm.measure.traffic import Counted, in_hbm, on_chip
@@ -34,7 +33,7 @@ def flash_attention(
         block_q, block_k: queries and keys in a tile.
 
     Returns:
-        As `naive_attention`; both out and lse are differentiable (once).
+        As `naive_attention`; both out and lse are differentiable, in both modes and any number of times.
 
     Raises:
         ValueError, TypeError: from `check_inputs`; ValueError when a block size is not positive.
@@ -45,7 +44,7 @@ def flash_attention(
     check_inputs(q, k, v, window_size, softcap, block_q=block_q, block_k=block_k)
     visibility = Visibility(q.shape[1], k.shape[1], causal, window_size)
     tiling = Tiling(visibility, softmax_scale_of(q, softmax_scale), softcap, block_q, block_k)
-    out, lse = _FlashAttention.apply(q, k, v, tiling)
+    out, lse = _apply(q, k, v, tiling)
     return (out, lse) if return_lse else out
 
 
@@ -59,19 +58,39 @@ class Tiling(NamedTuple):
     block_k: int
 
 
+@torch.compiler.disable  # loops over tiles whose number depends on the lengths: a graph break, and the eager result
+def _apply(q: Tensor, k: Tensor, v: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor]:
+    with own_precision(q):
+        return _FlashAttention.apply(q, k, v, tiling)
+
+
 class _FlashAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, tiling):
-        out, lse = tiled_forward(q, k, v, tiling)
-        ctx.save_for_backward(q, k, v, out, lse)  # no probabilities: the backward computes them again
-        ctx.tiling = tiling
-        return out, lse
+    """The backward is itself made of differentiable operations, so that second derivatives are right."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    @once_differentiable
+    def forward(q, k, v, tiling):
+        return tiled_forward(q, k, v, tiling)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, ctx.tiling = inputs
+        ctx.save_for_backward(q, k, v, *output)  # no probabilities: the backward computes them again
+        ctx.save_for_forward(q, k, v, *output)
+
+    @staticmethod
     def backward(ctx, grad_out, grad_lse):
         q, k, v, out, lse = ctx.saved_tensors
-        return *tiled_backward(grad_out, grad_lse, q, k, v, out, lse, ctx.tiling), None
+        with own_precision(q):
+            return *tiled_backward(grad_out, grad_lse, q, k, v, out, lse, ctx.tiling), None
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv = (torch.zeros_like(x) if dx is None else dx for x, dx in zip((q, k, v), tangents, strict=False))
+        with own_precision(q):
+            return tiled_tangents(dq, dk, dv, q, k, v, out, lse, ctx.tiling)
 
 
 def tiled_forward(q: Tensor, k: Tensor, v: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor]:
@@ -181,14 +200,50 @@ def tiled_backward(
             p = torch.exp(scores - shift_tile)
             grad_p = grad_out_tile @ v_tile.transpose(-1, -2)
             grad_scores = p * (grad_p - delta_tile)
-            if tiling.softcap > 0:  # tanh' = 1 - tanh², and a masked score passes nothing on
-                grad_scores *= 1 - (scores / tiling.softcap).masked_fill(scores == -torch.inf, 0) ** 2
-            grad_scores *= tiling.scale
+            grad_scores = grad_scores * score_slope(scores, tiling)
             grad_q_tile += grad_scores @ k_tile
             grad_k[:, keys.start : keys.stop] += from_rows(grad_scores.transpose(-1, -2) @ q_tile, 1)
             grad_v[:, keys.start : keys.stop] += from_rows(p.transpose(-1, -2) @ grad_out_tile, 1)
         grad_q[:, queries.start : queries.stop] = from_rows(grad_q_tile, q.shape[2] // nheads_k)
     return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+def score_slope(scores: Tensor, tiling: Tiling) -> Tensor | float:
+    """What a score changes by for each 1 that q · k does: the scale, with a softcap times tanh' = 1 - tanh²."""
+    if tiling.softcap <= 0:
+        return tiling.scale
+    capped = (scores / tiling.softcap).masked_fill(scores == -torch.inf, 0)  # a masked score passes nothing on
+    return (1 - capped**2) * tiling.scale
+
+
+def tiled_tangents(
+    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiling: Tiling
+) -> tuple[Tensor, Tensor]:
+    """The derivative in a direction: d lse = Σ p · d score, and d out = Σ p · (d score · v + dv) - d lse · out.
+
+    Returns:
+        The tangents of out and lse, like them.
+    """
+    nheads_k, group = k.shape[2], q.shape[2] // k.shape[2]
+    d_out, d_lse = torch.zeros_like(out, dtype=lse.dtype), torch.zeros_like(lse)
+    shift = lse.masked_fill(lse == -torch.inf, 0)
+    for queries in tiles(q.shape[1], tiling.block_q):
+        q_tile, dq_tile, out_tile = (_tile(x, queries, nheads_k) for x in (q, dq, out))
+        shift_tile = _row_numbers(shift, queries, nheads_k)
+        sum_of_scores, sum_of_values = torch.zeros_like(shift_tile), torch.zeros_like(out_tile)
+        for keys in tiling.visibility.key_tiles(queries, tiling.block_k):
+            k_tile, v_tile, dk_tile, dv_tile = (_tile(x, keys, nheads_k) for x in (k, v, dk, dv))
+            mask = tiling.visibility.mask(queries, keys, q.device)
+            scores = tile_scores(q_tile, k_tile, tiling.scale, tiling.softcap, mask)
+            p = torch.exp(scores - shift_tile)
+            d_scores = dq_tile @ k_tile.transpose(-1, -2) + q_tile @ dk_tile.transpose(-1, -2)
+            weighted = p * d_scores * score_slope(scores, tiling)
+            sum_of_scores = sum_of_scores + weighted.sum(-1, keepdim=True)
+            sum_of_values = sum_of_values + weighted @ v_tile + p @ dv_tile
+        rows = slice(queries.start, queries.stop)
+        d_out[:, rows] = from_rows(sum_of_values - sum_of_scores * out_tile, group)
+        d_lse[:, :, rows] = sum_of_scores.squeeze(-1).unflatten(2, (group, -1)).flatten(1, 2)
+    return d_out.to(out.dtype), d_lse
 
 
 def _tile(x: Tensor, positions: range, nheads_k: int) -> Tensor:

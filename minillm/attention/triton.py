@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.derivatives import has_tangent, in_torch_func
 from kernels.runtime import prepare
 from minillm.attention.keys import Keys, Options, as_ragged
 
@@ -22,8 +23,12 @@ def why_not(q: Tensor, keys: Keys, options: Options) -> str | None:
         return "has no float64"
     if q.shape[-1] > 256:
         return f"has no headdim over 256, and q has {q.shape[-1]}"
-    if (options.softmax_scale or 1) < 0:
-        return "wants a positive softmax_scale"
+    if options.softmax_scale is not None and options.softmax_scale <= 0:
+        return f"wants a positive softmax_scale, and it is {options.softmax_scale}"
+    if max(keys.batch, q.shape[-2]) > 65535:  # programs along an axis of a launch
+        return f"has no batch or heads over 65535, and q has {keys.batch} and {q.shape[-2]}"
+    if has_tangent(q, keys.k, keys.v) or in_torch_func(q, keys.k, keys.v):
+        return "has one backward only, and no forward-mode derivative or torch.func"
     return "has no block_q and block_k" if options.block_sizes else None
 
 

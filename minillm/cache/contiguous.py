@@ -24,7 +24,8 @@ class KVCache:
         batch_size: rows.
         capacity: tokens a row to allocate now. Left out: the limit, and nothing ever grows. Where it is less,
             the buffer doubles whenever it is full, up to the limit.
-        dtype, device: of keys and values; those of the model.
+        dtype, device: of keys and values; those of the model. Under autocast (自动混合精度) the model computes keys in
+            autocast's dtype: then a cache of that dtype is right, and one that holds it exactly, such as fp32.
 
     Attributes:
         limit: tokens that a row can hold at most.
@@ -70,7 +71,8 @@ class KVCache:
             counts: how many of each row's tokens are taken in, the first ones; left out, all.
 
         Returns:
-            Keys of every row up to its length, in views of the buffer; no gradient passes.
+            Keys of every row up to its length, in k's dtype; views of the buffer where that has it too. No gradient
+            passes.
 
         Raises:
             ValueError: where shapes, layer or counts do not fit, or a row would pass the limit; nothing has changed
@@ -91,7 +93,8 @@ class KVCache:
                 values[row, start:stop] = v[row, :count]
         self._lengths[layer_idx] = stops
         lengths = None if all_equal(stops) else torch.tensor(stops, dtype=torch.int32, device=keys.device)
-        return Keys(keys[:, : max(stops)], values[:, : max(stops)], cache_seqlens=lengths)
+        keys, values = (x[:, : max(stops)].to(k.dtype) for x in (keys, values))
+        return Keys(keys, values, cache_seqlens=lengths)
 
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, counts: Sequence[int] | None = None
@@ -196,7 +199,7 @@ class KVCache:
             ("layers", layers, config.num_hidden_layers),
             ("KV heads", nheads_k, config.num_key_value_heads),
             ("headdim", headdim, config.head_dim),
-            ("dtype", self._buffer.dtype, weight.dtype),
+            ("dtype", self._buffer.dtype, self._wanted_dtype(weight)),
             ("device", self._buffer.device, weight.device),
             ("limit", self.limit, min(self.limit, config.max_position_embeddings)),
         ):
@@ -204,6 +207,14 @@ class KVCache:
                 raise ValueError(
                     f"kv_cache has {name} {has}, wants {wants}: make it for this model, with a row for each of the ids'"
                 )
+
+    def _wanted_dtype(self, weight: Tensor) -> torch.dtype:
+        """The weights' dtype; under autocast, the buffer's own where it holds without loss what is computed then."""
+        device_type, own = weight.device.type, self._buffer.dtype
+        if not torch.is_autocast_enabled(device_type) or weight.dtype == torch.float64:  # which autocast leaves alone
+            return weight.dtype
+        computed = torch.get_autocast_dtype(device_type)
+        return own if torch.promote_types(own, computed) == own else computed
 
     def _check(self, k: Tensor, v: Tensor, layer_idx: int, counts: Sequence[int]) -> None:
         layers, _, batch, _, nheads_k, headdim = self._buffer.shape

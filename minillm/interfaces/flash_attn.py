@@ -9,6 +9,7 @@ Source: flash-attention, flash_attn/flash_attn_interface.py.
 
 from __future__ import annotations
 
+from operator import index
 from typing import Any
 
 import torch
@@ -101,8 +102,9 @@ def flash_attn_varlen_func(
         As `flash_attn_func`, lse being (nheads, total_q).
 
     Raises:
-        ValueError, TypeError: as `flash_attn_func`; and, for tensors on a CPU, where a sequence is longer than
-            max_seqlen says (on a GPU the call would have to wait to find out).
+        ValueError, TypeError: as `flash_attn_func`; and where cu_seqlens do not rise from 0 to total, or a sequence is
+            longer than max_seqlen says. On a GPU the call would have to wait to find out, and does so only with
+            MINILLM_CHECK_ON_GPU=1 in the environment, or `minillm.attention.inputs.CHECK_ON_GPU = True`.
 
     Example:
         >>> q, k, v = torch.randn(3, 7, 2, 16)  # sequences of 3 and of 4 tokens
@@ -111,6 +113,7 @@ def flash_attn_varlen_func(
         torch.Size([7, 2, 16])
     """
     _refuse(dropout_p=dropout_p, alibi_slopes=alibi_slopes, block_table=block_table)
+    max_seqlen_q, max_seqlen_k = index(max_seqlen_q), index(max_seqlen_k)  # a Tensor of one number, too
     keys = Keys(k, v, cu_seqlens_k, max_seqlen=max_seqlen_k)
     options: dict[str, Any] = dict(
         causal=causal, softmax_scale=softmax_scale, window_size=window_size, softcap=softcap, backend=backend

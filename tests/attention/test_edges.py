@@ -80,6 +80,56 @@ def test_query_head_reads_its_own_group(backend):
         torch.testing.assert_close(out[:, :, head : head + 1], alone)
 
 
+@pytest.mark.parametrize("magnitude", [60, 2000])  # q · k beyond 65504; and so times the scale
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_precision_survives_scores_that_it_cannot_hold(backend, magnitude):
+    q, k, v = random_qkv((9, 9), (2, 2), 128, torch.float16)
+    q, k = q * magnitude, k * 60
+    out = attention(q, k, v, causal=True, backend=backend)
+    reference = naive_attention(q.double(), k.double(), v.double(), causal=True)
+    single = naive_attention(q.float(), k.float(), v.float(), causal=True).half()  # the error of the result's dtype
+    assert_within_budget(out, single, reference)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_computes_in_qs_dtype_under_autocast(backend):
+    qkv = [x.requires_grad_() for x in random_qkv((33, 40), (4, 2), 16)]
+
+    def results():
+        out = attention(*qkv, causal=True, backend=backend)
+        return out, *torch.autograd.grad(out.square().sum(), qkv)
+
+    outside = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = results()
+    assert all(x.dtype == torch.float32 for x in inside)
+    assert torch.equal(inside[0], outside[0])
+    if backend == "tiled":  # the others' backward is autograd's own, which autocast reaches
+        assert all(map(torch.equal, inside, outside))
+
+
+COMPILED = [("auto", {"causal": True, "softcap": 5.0}), ("naive", {"causal": True}), ("sdpa", {"window_size": (5, 2)})]
+
+
+@pytest.mark.parametrize("backend, options", [*COMPILED, *((name, {"causal": True}) for name in INTERPRETED)], ids=str)
+def test_a_compiled_call_gives_the_eager_result_at_every_length(backend, options):
+    torch._dynamo.reset()
+    call = partial(attention, backend=backend, **options)
+    compiled = torch.compile(lambda q, k: call(q, k, k).square(), backend="eager")
+    for seqlens in ((24, 24), (20, 20), (9, 30)):
+        q, k, _ = (x.requires_grad_() for x in random_qkv(seqlens, (2, 2), 16))
+        ours, eager = compiled(q, k), call(q, k, k).square()
+        assert torch.equal(ours, eager)
+        assert torch.equal(*(torch.autograd.grad(out.sum(), q)[0] for out in (ours, eager)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tensor_that_hides_as_a_scale_is_refused(backend):
+    q, k, v = random_qkv((4, 4), (2, 2), 8)
+    with pytest.raises(TypeError, match="softmax_scale is a Tensor, wants a number"):
+        attention(q, k, v, backend=backend, softmax_scale=torch.tensor(0.5, requires_grad=True))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tensors_that_are_not_contiguous(backend):
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in random_qkv((33, 65), (4, 2), 16))

@@ -1,12 +1,14 @@
 """flash-attn's signatures: what they return, what they refuse, and that a back end can be asked for by name."""
 
 import inspect
+from functools import partial
 
 import pytest
 import torch
 
 from kernels.runtime import prepare
-from minillm.attention import attention
+from minillm.attention import Keys, attention, attention_varlen, inputs
+from minillm.attention.keys import Options
 from minillm.interfaces.flash_attn import flash_attn_func, flash_attn_varlen_func
 from tests.attention.grid import Judge, random_qkv
 
@@ -112,3 +114,58 @@ def test_a_ragged_call_names_pages_and_lengths_that_are_too_small(arguments, mes
     flash_attn_varlen_func(q, k, v, bounds(1, 4), bounds(1, 4), **lengths)
     with pytest.raises(ValueError, match=message):
         flash_attn_varlen_func(q, k, v, bounds(1, 4), bounds(1, 4), **(lengths | arguments))
+
+
+WRONG_BOUNDS = {
+    "end early": (0, 2, 3),
+    "end late": (0, 2, 6),
+    "end far away": (0, 2, 10**6),
+    "fall": (0, 3, 2, 4),
+    "start late": (1, 2, 4),
+    "say nothing": (),
+}
+
+
+@pytest.mark.parametrize("which", ["cu_seqlens_q", "cu_seqlens_k"])
+@pytest.mark.parametrize("wrong", WRONG_BOUNDS.values(), ids=list(WRONG_BOUNDS))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cu_seqlens_that_do_not_fit_are_refused(backend, wrong, which, monkeypatch):
+    monkeypatch.setattr(inputs, "CHECK_ON_GPU", True)
+    q, k, v = torch.ones(3, 4, 2, 8, device=DEVICE)
+    ends = {"cu_seqlens_q": bounds(2, 4), "cu_seqlens_k": bounds(2, 4)}
+    ends[which] = torch.tensor(wrong, dtype=torch.int32, device=DEVICE)
+    message = f"{which} is .*, wants to rise from 0 to the 4 rows of {which[-1]}"
+    with pytest.raises(ValueError, match=message):
+        flash_attn_varlen_func(q, k, v, **ends, max_seqlen_q=9, max_seqlen_k=9, backend=backend)
+    with pytest.raises(ValueError, match=message):
+        attention_varlen(q, k, v, **ends, backend=backend)
+
+
+def test_a_gpu_is_not_waited_for_unless_the_check_is_switched_on(monkeypatch):
+    """Stands in for a GPU: a number that is read there counts."""
+    reads = []
+
+    class OnGpu:
+        dtype, ndim, is_cuda = torch.int32, 1, True
+        __len__ = lambda self: 3  # noqa: E731
+        tolist = lambda self: reads.append(1) or [0, 3, 2]  # noqa: E731
+
+    rows = torch.ones(4, 2, 8)
+    keys, options = Keys(rows, rows, OnGpu(), max_seqlen=3), Options(cu_seqlens_q=OnGpu(), max_seqlen_q=3)
+    inputs.check_call(rows, keys, options)
+    assert not reads
+    with pytest.raises(ValueError, match="max_seqlen_k is 1: 2 such sequences have fewer rows than k, which has 4"):
+        inputs.check_call(rows, Keys(rows, rows, OnGpu(), max_seqlen=1), options)
+    monkeypatch.setattr(inputs, "CHECK_ON_GPU", True)
+    with pytest.raises(ValueError, match="wants to rise from 0 to the 4 rows of q"):
+        inputs.check_call(rows, keys, options)
+    assert reads
+
+
+def test_a_max_seqlen_may_be_a_tensor_of_one_number():
+    q, k, v = torch.ones(3, 4, 2, 8, device=DEVICE)
+    for backend in ("tiled", *([] if MODE.name == "none" else ["triton"])):
+        call = partial(flash_attn_varlen_func, q, k, v, bounds(1, 4), bounds(1, 4), backend=backend)
+        assert torch.equal(call(torch.tensor(3), torch.tensor(3)), call(3, 3))
+    with pytest.raises(TypeError):
+        call(3.5, 3)
