@@ -6,7 +6,7 @@ import torch
 
 from kernels import tuning
 from kernels.compiling.job import Job
-from kernels.flash_attention.launch import constants
+from kernels.flash_attention.call import constants
 
 MODULES = {"forward": "forward", "backward_kv": "backward", "backward_q": "backward"}  # where each kernel is
 HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -40,7 +40,7 @@ def flash_attention_jobs(
             for config in configs if every else configs[:1]:
                 sizes = config.keywords()
                 warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
-                values = constants(headdim, group, window, causal or window, softcap) | sizes
+                values = constants(headdim, group, window, causal or window, softcap) | sizes | ({"TMA": False} if kernel == "forward" else {})
                 name = f"{kernel} d={headdim} " + "{}×{} {}w {}s".format(*config)
                 signature = _signature(kernel, HALVES.get(dtype, "fp32"), ragged)
                 where = f"kernels.flash_attention.{MODULES[kernel]}:{kernel}_kernel"

@@ -1,23 +1,20 @@
-"""From tensors to kernel launches: the checked entry, the torch operators with their autograd, a launch a kernel."""
+"""From tensors to kernel launches: the checked entry, and the torch operators with their autograd."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from kernels import tuning
-from kernels.flash_attention.backward import backward_kv_kernel, backward_q_kernel, delta_kernel
-from kernels.flash_attention.forward import forward_kernel
+from kernels.flash_attention.call import Call
 from kernels.runtime import prepare
 
 MODE = prepare()
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEADDIM = 256
 MAX_GRID = 65535  # programs along the second and third axis of a launch (CUDA), which are heads and batch
-DELTA_ROWS = 256 if MODE.name == "interpreter" else 32  # a program of delta_kernel
 
 
 class Ragged(NamedTuple):
@@ -117,76 +114,102 @@ def _check(
             raise ValueError(f"q has {what} {number}, wants at most {MAX_GRID}: split the call")
 
 
-@torch.library.custom_op("kernels::flash_attention_forward", mutates_args=())
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    left: int,
-    right: int,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """A torch operator: torch.compile puts it into its graph as one node and does not trace into it."""
+# The operators. torch.compile puts each into its graph as one node and does not trace into it. `torch.library.custom_op`
+# would do the same, and take as long on the host as all the rest of a call.
+_CALL = (
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+    "float scale, SymInt left, SymInt right, float softcap"
+)
+torch.library.define(
+    "kernels::flash_attention_forward",
+    f"(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "kernels::flash_attention_backward",
+    "(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_CALL}) -> (Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl("kernels::flash_attention_forward", "default")
+def _forward(q: Tensor, k: Tensor, v: Tensor, *call) -> tuple[Tensor, Tensor]:
     q, k, v, narrow = _ready(q, k, v)
     out, lse = q.new_empty(q.shape), _empty_lse(q)
-    call = Call(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, left, right, softcap)
-    with torch.cuda.device_of(q):  # Triton launches on the current device, which may not be that of the tensors
-        call.forward(q, k, v, out, lse)
+    with _device_of(q):
+        Call(q, k, *call).forward(q, k, v, out, lse)
     return out.to(narrow), lse
 
 
-@_forward.register_fake
-def _(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, left, right, softcap):
+@torch.library.register_fake("kernels::flash_attention_forward")
+def _(q, k, v, *_):
     return q.new_empty(q.shape), _empty_lse(q)
 
 
-@torch.library.custom_op("kernels::flash_attention_backward", mutates_args=())
+@torch.library.impl("kernels::flash_attention_backward", "default")
 def _backward(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    left: int,
-    right: int,
-    softcap: float,
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *call
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, grad_out, out, narrow = _ready(q, k, v, grad_out, out)
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
-    call = Call(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, left, right, softcap)
-    with torch.cuda.device_of(q):
-        call.backward(q, k, v, out, lse, grad_out, grad_lse.contiguous(), grad_q, grad_k, grad_v)
+    with _device_of(q):
+        Call(q, k, *call).backward(q, k, v, out, lse, grad_out, grad_lse.contiguous(), grad_q, grad_k, grad_v)
     return grad_q.to(narrow), grad_k.to(narrow), grad_v.to(narrow)
 
 
-@_backward.register_fake
+@torch.library.register_fake("kernels::flash_attention_backward")
 def _(grad_out, grad_lse, q, k, v, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _keep_for_backward(ctx, inputs, output) -> None:
-    q, k, v, *ctx.rest = inputs
-    ctx.save_for_backward(q, k, v, *output)  # no probabilities: the backward recomputes them
+@torch.library.impl("kernels::flash_attention_forward", "Autograd")
+def _forward_with_autograd(q, k, v, *call):
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Forward.apply(q, k, v, *call)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.kernels.flash_attention_forward(q, k, v, *call)
 
 
-def _differentiate(ctx, grad_out, grad_lse):
-    grads = torch.ops.kernels.flash_attention_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.rest)
-    return *grads, *(None for _ in ctx.rest)
+@torch.library.impl("kernels::flash_attention_backward", "Autograd")
+def _backward_with_autograd(*arguments):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in arguments[:7]):
+        return _Backward.apply(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.kernels.flash_attention_backward(*arguments)
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep_for_backward)
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, *call):
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = torch.ops.kernels.flash_attention_forward(q, k, v, *call)
+        ctx.save_for_backward(q, k, v, out, lse)  # no probabilities: the backward recomputes them
+        ctx.call = call
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse):
+        grads = torch.ops.kernels.flash_attention_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.call)
+        return *grads, *(None for _ in ctx.call)
+
+
+class _Backward(torch.autograd.Function):
+    """The backward, which has no derivative of its own."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.kernels.flash_attention_backward(*arguments)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("flash_attention can be differentiated once: a second derivative needs naive_attention")
+
+
+def _device_of(x: Tensor):
+    """Triton launches on the current device, which may not be that of the tensors."""
+    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
 
 
 def _ready(*tensors: Tensor):
@@ -202,64 +225,3 @@ def _empty_lse(q: Tensor) -> Tensor:
     """(batch, nheads, seqlen_q), or (nheads, total_q) where q is ragged."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=dtype)
-
-
-class Call:
-    """The arguments that the kernels of one call share, and the launches: a program per tile, head and sequence."""
-
-    def __init__(self, q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, left, right, softcap):
-        self.ragged = cu_seqlens_q is not None
-        if self.ragged:  # the kernel reads consecutive entries
-            cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-        self.batch = len(cu_seqlens_q) - 1 if self.ragged else q.shape[0]
-        self.nheads, self.nheads_k, self.headdim, self.dtype = q.shape[-2], k.shape[-2], q.shape[-1], q.dtype
-        self.lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        self.scoring = (scale, softcap, left, right)
-        self.constants = constants(self.headdim, self.nheads // self.nheads_k, left >= 0, right >= 0, softcap > 0)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
-        sizes = self._sizes("forward")
-        grid = (triton.cdiv(self.lengths[2], sizes["BLOCK_Q"]), self.nheads, self.batch)
-        strides = (*map(self._strides, (q, k, v, out)), *self._row_strides(lse))
-        forward_kernel[grid](q, k, v, out, lse, *strides, *self.lengths, *self.scoring, **self.constants, **sizes)
-
-    def backward(self, q, k, v, out, lse, grad_out, grad_lse, grad_q, grad_k, grad_v) -> None:
-        delta = torch.empty_like(lse)
-        self._delta(out, grad_out, grad_lse, delta)
-        tensors = (q, k, v, grad_out, lse, delta)
-        strides = (*map(self._strides, (q, k, v, grad_out)), *self._row_strides(lse))
-
-        sizes = self._sizes("backward_kv")
-        grid = (triton.cdiv(self.lengths[3], sizes["BLOCK_K"]), self.nheads_k, self.batch)
-        kv = (grad_k, grad_v, self._strides(grad_k))  # both are contiguous
-        backward_kv_kernel[grid](*tensors, *strides, *kv, *self.lengths, *self.scoring, **self.constants, **sizes)
-
-        sizes = self._sizes("backward_q")
-        grid = (triton.cdiv(self.lengths[2], sizes["BLOCK_Q"]), self.nheads, self.batch)
-        outputs = (grad_q, self._strides(grad_q))
-        backward_q_kernel[grid](*tensors, *strides, *outputs, *self.lengths, *self.scoring, **self.constants, **sizes)
-
-    def _delta(self, out: Tensor, grad_out: Tensor, grad_lse: Tensor, delta: Tensor) -> None:
-        grid = (triton.cdiv(self.lengths[2], DELTA_ROWS), self.nheads, self.batch)
-        strides = (*map(self._strides, (out, grad_out)), *self._row_strides(delta))
-        sizes = {name: self.constants[name] for name in ("HEADDIM", "BLOCK_D")}
-        delta_kernel[grid](
-            out, grad_out, grad_lse, delta, *strides, self.lengths[0], self.lengths[2], BLOCK_Q=DELTA_ROWS, **sizes
-        )
-
-    def _sizes(self, kernel: str) -> dict[str, int]:
-        return tuning.choice(kernel, self.headdim, self.dtype, self.constants["LEFT"]).keywords()
-
-    def _strides(self, x: Tensor) -> tuple[int, int, int]:
-        """(batch, row, head), in elements; 0 for the batch where cu_seqlens locates the sequences."""
-        return (0 if self.ragged else x.stride(0), x.stride(-3), x.stride(-2))
-
-    def _row_strides(self, x: Tensor) -> tuple[int, int]:
-        """(batch, head) of lse or delta, which are (batch, nheads, seqlen) or (nheads, total)."""
-        return (0 if self.ragged else x.stride(0), x.stride(-2))
-
-
-def constants(headdim: int, group: int, left: bool, right: bool, softcap: bool) -> dict:
-    """What a kernel is compiled for. A flag that is False leaves its branch out of the compiled kernel."""
-    block_d = tuning.padded(headdim)
-    return dict(GROUP=group, HEADDIM=headdim, BLOCK_D=block_d, LEFT=left, RIGHT=right, SOFTCAP=softcap)

@@ -7,9 +7,10 @@ import torch
 
 from kernels import tuning
 from kernels.targets import TARGETS
-from kernels.tuning import INTERPRETER, KERNELS, Config, candidates, choice, chosen, tune, using
+from kernels.tuning import INTERPRETER, KERNELS, Config, Kind, candidates, choice, chosen, tune, using
 
 HALF = torch.bfloat16
+KIND = Kind(64, HALF)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -27,15 +28,15 @@ def test_less_shared_memory_leaves_fewer_candidates():
 
 @pytest.mark.skipif(tuning.MODE.name != "interpreter", reason="not in the interpreter: its choice was not checked")
 def test_the_interpreter_has_one_configuration_and_times_nothing():
-    assert choice("forward", 64, HALF) == INTERPRETER
+    assert choice("forward", KIND) == INTERPRETER
     assert tune("forward", 64, HALF, lambda: pytest.fail("timed a call in the interpreter")) == INTERPRETER
 
 
 def test_a_choice_holds_for_a_block_and_can_be_read():
     with using("forward", 64, HALF, Config(32, 16, 4, 2)):
-        assert choice("forward", 64, HALF) == (32, 16, 4, 2)
+        assert choice("forward", KIND) == (32, 16, 4, 2)
         assert chosen(64, HALF)["forward"] == "32 × 16 tiles, 4 warps, 2 stages"
         with using("forward", 64, HALF, Config(16, 16, 4, 1)):
-            assert choice("forward", 64, HALF).block_q == 16
-        assert choice("forward", 64, HALF).block_q == 32
-    assert not tuning._tuned
+            assert choice("forward", KIND).block_q == 16
+        assert choice("forward", KIND).block_q == 32
+    assert not tuning._in_use

@@ -1,0 +1,88 @@
+"""Tensor descriptors: which calls load their tiles by them, and descriptors of tensors.
+
+From sm_90 on the tensor memory accelerator (TMA) copies a tile by one instruction of one thread: no addresses in
+registers, and a barrier for each tile, so that the copy of V also overlaps the softmax. What it cannot do (an address
+or a stride that is not a multiple of 16 bytes) is loaded by pointers, and so is everything on other GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels import tuning
+from kernels.runtime import prepare
+
+MODE = prepare()
+BYTES = 16  # addresses and strides are multiples of it
+MAX_STRIDE = 2**40  # bytes
+MAX_ROWS = 2**31 - 1  # an index is a signed number of 32 bits
+_in_use: list[bool] = []  # inside `using_descriptors`
+
+
+def why_pointers(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """Why the forward of a call takes pointers, or "" where it takes descriptors.
+
+    Args:
+        q, k, v: as in `flash_attention`, padded or ragged.
+
+    Example:
+        >>> q = k = v = torch.zeros(1, 20, 4, 59, dtype=torch.float16)  # 59 numbers are 118 bytes
+        >>> with using_descriptors():
+        ...     why_pointers(q, k, v)
+        'q has a stride of 118 bytes, and a descriptor takes multiples of 16'
+    """
+    return why_not_here(q.dtype) or _why_not(q, "q") or _why_not(k, "k") or _why_not(v, "v")
+
+
+def why_not_here(dtype: torch.dtype) -> str:
+    """Why this machine takes pointers for a dtype whatever the tensors, or "" where it takes descriptors."""
+    if _in_use:
+        return "" if _in_use[-1] else "descriptors are switched off"
+    if MODE.name != "gpu":
+        return "the interpreter takes pointers unless `using_descriptors` asks for descriptors"
+    if tuning.TARGETS[tuning.this_gpu()].instruction not in tuning.TMA_CONFIGS:
+        return f"{tuning.this_gpu()} multiplies from registers and gains nothing by descriptors, or has none"
+    if dtype == torch.float32:
+        return "fp32 is multiplied without tensor cores, in tiles too small for descriptors"
+    return ""
+
+
+def _why_not(x: Tensor, name: str) -> str:
+    size = x.dtype.itemsize
+    if x.data_ptr() % BYTES:
+        return f"{name} begins at an address that {BYTES} does not divide"
+    for length, stride in zip(x.shape[:-1], x.stride(), strict=False):
+        if stride * size % BYTES and length > 1:
+            return f"{name} has a stride of {stride * size} bytes, and a descriptor takes multiples of {BYTES}"
+        if length > 1 and not 0 < stride * size < MAX_STRIDE:
+            return f"{name} has a stride of {stride * size} bytes, and a descriptor takes 1 to 2⁴⁰"
+        if not 0 < length <= MAX_ROWS:
+            return f"{name} has a dimension of {length}, and a descriptor takes 1 to 2³¹ - 1"
+    return ""
+
+
+@contextmanager
+def using_descriptors(on: bool = True) -> Iterator[None]:
+    """Inside the `with` block every call takes descriptors where its tensors allow it, or none does: for tests."""
+    _in_use.append(on)
+    try:
+        yield
+    finally:
+        _in_use.pop()
+
+
+def describe(x: Tensor, rows: int, block_d: int) -> TensorDescriptor:
+    """A descriptor of (batch, nheads, seqlen, headdim), batch 1 for a ragged x, in blocks of `rows` of one head.
+
+    headdim is a dimension of its own, so that a block wider than it is filled up with 0 and not with the next head.
+    """
+    batch, seqlen, nheads, headdim = x.shape if x.ndim == 4 else (1, *x.shape)
+    of_batch, of_row, of_head = x.stride()[:-1] if x.ndim == 4 else (0, *x.stride()[:-1])
+    unused = BYTES // x.dtype.itemsize  # the stride of a dimension of 1 may be anything, a descriptor's may not
+    strides = [of_batch if batch > 1 else unused, of_head if nheads > 1 else unused, of_row if seqlen > 1 else unused, 1]
+    return TensorDescriptor(x, [batch, nheads, seqlen, headdim], strides, [1, 1, rows, block_d])
