@@ -112,13 +112,14 @@ def candidates(
         configs = [FULL_PRECISION[width]]
     elif tma and kernel == "forward":
         configs = TMA_CONFIGS[instruction][width]
-        if instruction == "wgmma" and ragged and width == 256:
-            # V's tail passes through registers: with 64 keys the accumulator of 256 columns would spill.
+        if instruction == "wgmma" and width == 256 and (ragged or window):
+            # V's tail passes through registers, and the window's mask needs them: beside 256 columns they would spill.
             configs = [config._replace(block_k=min(32, config.block_k)) for config in configs]
     else:
         configs = CONFIGS[instruction][kernel][width]
-        if instruction == "wgmma" and kernel != "backward_kv" and (window or headdim != padded(headdim)):
-            # The masks of a window's left end and of padded dimensions need registers too.
+        more = window or headdim != padded(headdim) or (ragged and kernel == "forward" and width == 128)
+        if instruction == "wgmma" and kernel != "backward_kv" and more:
+            # Masks of a window's left end and of padded dimensions need registers too, and so do looked-up sequences.
             configs = [config._replace(block_k=config.block_k // 2) for config in configs]
     limit = TARGETS[target].shared_kib * 1024
     fitting = (config for config in configs if config.shared_bytes(kernel, headdim, dtype.itemsize) <= limit)
@@ -189,13 +190,13 @@ def tune(kernel: str, headdim: int, dtype: torch.dtype, run: Callable[[], object
     Raises:
         ValueError: where `run` does not use the kernel with this headdim and dtype.
     """
+    if MODE.name == "interpreter":
+        return choice(kernel, Kind(headdim, dtype))
     _asked.pop(kernel, None)
     run()
     kind = _asked.get(kernel)
     if kind is None or (kind.headdim, kind.dtype) != (headdim, dtype):
         raise ValueError(f"run does not use {kernel} with headdim {headdim} in {dtype}: it asked for {kind}")
-    if MODE.name == "interpreter":
-        return choice(kernel, kind)
     fastest = _fastest(kernel, kind, run)
     _tuned[kernel, kind] = fastest
     return fastest
@@ -258,8 +259,8 @@ CONFIGS: dict[str, dict[str, dict[int, list[Config]]]] = {
     "wgmma": {
         "forward": {
             64: [Config(128, 128, 8, 3), Config(128, 64, 4, 3), Config(128, 64, 8, 3)],
-            128: [Config(128, 128, 8, 2), Config(128, 128, 8, 3), Config(128, 64, 8, 2)],
-            256: [Config(128, 32, 8, 2), Config(64, 64, 8, 2)],
+            128: [Config(128, 128, 8, 3), Config(128, 128, 8, 2), Config(128, 64, 8, 3)],
+            256: [Config(128, 32, 8, 2), Config(64, 64, 8, 2)],  # a third stage spills
         },
         "backward_kv": {
             64: [Config(64, 128, 8, 2), Config(64, 128, 8, 1)],
@@ -275,8 +276,8 @@ CONFIGS: dict[str, dict[str, dict[int, list[Config]]]] = {
     "tcgen05": {
         "forward": {
             64: [Config(128, 64, 4, 3), Config(128, 64, 4, 2)],
-            128: [Config(128, 64, 8, 2), Config(64, 64, 4, 2)],
-            256: [Config(128, 32, 8, 2), Config(64, 64, 8, 2)],
+            128: [Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 64, 4, 2)],
+            256: [Config(128, 32, 8, 3), Config(128, 32, 8, 2), Config(64, 64, 8, 2)],
         },
         "backward_kv": {
             64: [Config(64, 128, 8, 2), Config(64, 64, 4, 2)],

@@ -42,6 +42,8 @@ def forward_kernel(
     start = tile * BLOCK_Q
     if start >= seqlen_q:  # a short sequence of a ragged batch
         return
+    RAGGED: tl.constexpr = cu_seqlens_q is not None
+    batch = 0 if RAGGED else batch  # a ragged batch lies in one: first_q and first_k locate its sequences
     queries = place(q, q_strides, batch, first_q + start, head, TMA)
     k_begin = place(k, k_strides, batch, first_k, head // GROUP, TMA)  # K and V are read in place, never repeated
     v_begin = place(v, v_strides, batch, first_k, head // GROUP, TMA)
@@ -59,7 +61,7 @@ def forward_kernel(
     stop = tl.minimum(start + BLOCK_Q, seqlen_q) + seqlen_k - seqlen_q
     bounds = tiles_seen(start + seqlen_k - seqlen_q, stop, left, right, seqlen_k, BLOCK_K, LEFT, RIGHT)
     keys = (k, v, k_begin, v_begin, seqlen_k)
-    FOREIGN: tl.constexpr = TMA and cu_seqlens_k is not None  # rows behind the end are the next sequence's
+    FOREIGN: tl.constexpr = TMA and RAGGED  # a tile's rows behind the end are the next sequence's
     scoring = (scale, softcap, left, right)
     if LEFT:  # tiles at the window's left end
         acc, m, l = forward_inner(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from kernels.flash_attention.call import Call
 from kernels.runtime import prepare
@@ -165,7 +166,8 @@ def _(grad_out, grad_lse, q, k, v, *_):
 
 @torch.library.impl("kernels::flash_attention_forward", "Autograd")
 def _forward_with_autograd(q, k, v, *call):
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if wanted or forward_ad._current_level >= 0:  # a forward derivative is refused by `apply`, and not 0
         return _Forward.apply(q, k, v, *call)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.kernels.flash_attention_forward(q, k, v, *call)
@@ -192,6 +194,10 @@ class _Forward(torch.autograd.Function):
     def backward(ctx, grad_out, grad_lse):
         grads = torch.ops.kernels.flash_attention_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.call)
         return *grads, *(None for _ in ctx.call)
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise RuntimeError("flash_attention has no forward derivative: naive_attention has one")
 
 
 class _Backward(torch.autograd.Function):
