@@ -104,17 +104,17 @@ def candidates(
         kernel: "forward", "backward_kv" or "backward_q".
         headdim: of the tensors.
         dtype: fp16, bf16 or fp32.
-        target: one of `kernels.targets`.
-        window, ragged, tma: as in `Kind`; only the forward has descriptors.
+        target: one of `kernels.targets`; with tma one of sm_90 or newer.
+        window, ragged, tma: as in `Kind`; only the forward has descriptors, and none where there is no candidate.
     """
     instruction, width = TARGETS[target].instruction, max(64, padded(headdim))
     if dtype == torch.float32:
         configs = [FULL_PRECISION[width]]
     elif tma and kernel == "forward":
-        configs = TMA_CONFIGS[instruction][width]
+        configs = TMA_CONFIGS[instruction].get(width, [])
         if instruction == "wgmma" and width == 256 and (ragged or window):
             # V's tail passes through registers, and the window's mask needs them: beside 256 columns they would spill.
-            configs = [config._replace(block_k=min(32, config.block_k)) for config in configs]
+            configs = [config for config in configs if config.block_k <= 32]
     else:
         configs = CONFIGS[instruction][kernel][width]
         more = window or headdim != padded(headdim) or (ragged and kernel == "forward" and width == 128)
@@ -295,6 +295,10 @@ CONFIGS: dict[str, dict[str, dict[int, list[Config]]]] = {
 # The forward with tensor descriptors: no addresses in registers, so larger tiles and more stages fit. Three stages
 # where they fit: with two, a tile of keys is copied during one of the two products only.
 TMA_CONFIGS: dict[str, dict[int, list[Config]]] = {
+    "mma.sync": {  # of these GPUs only sm_120 has descriptors; at 256 all tiles spill
+        64: [Config(128, 64, 8, 3), Config(128, 64, 8, 2)],
+        128: [Config(128, 64, 8, 2), Config(128, 32, 8, 3)],
+    },
     "wgmma": {
         64: [Config(128, 128, 8, 3), Config(64, 128, 4, 3), Config(128, 64, 8, 4)],
         128: [Config(128, 128, 8, 3), Config(128, 128, 8, 2), Config(128, 64, 8, 4)],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import tuning
 from kernels.runtime import prepare
+from kernels.targets import TARGETS
 
 MODE = prepare()
 BYTES = 16  # addresses and strides are multiples of it
@@ -36,19 +38,36 @@ def why_pointers(q: Tensor, k: Tensor, v: Tensor) -> str:
         ...     why_pointers(q, k, v)
         'q has a stride of 118 bytes, and a descriptor takes multiples of 16'
     """
-    return why_not_here(q.dtype) or _why_not(q, "q") or _why_not(k, "k") or _why_not(v, "v")
+    return why_not_here(q.dtype, q.shape[-1]) or _why_not(q, "q") or _why_not(k, "k") or _why_not(v, "v")
 
 
-def why_not_here(dtype: torch.dtype) -> str:
-    """Why this machine takes pointers for a dtype whatever the tensors, or "" where it takes descriptors."""
+def why_not_here(dtype: torch.dtype, headdim: int) -> str:
+    """Why this machine takes pointers, whatever the tensors' strides, or "" where it takes descriptors."""
     if _in_use:
         return "" if _in_use[-1] else "descriptors are switched off"
     if MODE.name != "gpu":
         return "the interpreter takes pointers unless `using_descriptors` asks for descriptors"
-    if tuning.TARGETS[tuning.this_gpu()].instruction not in tuning.TMA_CONFIGS:
-        return f"{tuning.this_gpu()} multiplies from registers and gains nothing by descriptors, or has none"
-    if dtype == torch.float32:
-        return "fp32 is multiplied without tensor cores, in tiles too small for descriptors"
+    return why_not_on(tuning.this_gpu(), dtype, headdim)
+
+
+@lru_cache(maxsize=1024)
+def why_not_on(target: str, dtype: torch.dtype, headdim: int) -> str:
+    """Why a GPU takes pointers, whatever the tensors' strides, or "" where it takes descriptors.
+
+    Args:
+        target: one of `kernels.targets`.
+        dtype, headdim: of the tensors.
+
+    Example:
+        >>> why_not_on("sm_80", torch.bfloat16, 128)
+        'sm_80 has no tensor memory accelerator'
+    """
+    if TARGETS[target].capability < (9, 0):
+        return f"{target} has no tensor memory accelerator"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"{dtype} is multiplied without tensor cores, in tiles too small for descriptors"
+    if not tuning.candidates("forward", headdim, dtype, target, tma=True):
+        return f"{target} has no tile for headdim {headdim} with descriptors that spills nothing"
     return ""
 
 
