@@ -83,7 +83,7 @@ class Kind(NamedTuple):
 
 
 def length_class(seqlen_q: int, seqlen_k: int) -> str:
-    """"short" up to 1,024 rows of the longer one, "medium" up to 4,096, else "long"."""
+    """Of the longer one: "short" up to 1,024 rows, "medium" up to 4,096, else "long"."""
     longest = max(seqlen_q, seqlen_k)
     return "short" if longest <= 1024 else "medium" if longest <= 4096 else "long"
 

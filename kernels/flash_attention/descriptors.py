@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import tuning
+from kernels.descriptors import Checked
 from kernels.runtime import prepare
 from kernels.targets import TARGETS
 
@@ -36,9 +37,18 @@ def why_pointers(q: Tensor, k: Tensor, v: Tensor) -> str:
         >>> q = k = v = torch.zeros(1, 20, 4, 59, dtype=torch.float16)  # 59 numbers are 118 bytes
         >>> with using_descriptors():
         ...     why_pointers(q, k, v)
-        'q has a stride of 118 bytes, and a descriptor takes multiples of 16'
+        'q has a stride of 472 bytes, and a descriptor takes multiples of 16'
     """
-    return why_not_here(q.dtype, q.shape[-1]) or _why_not(q, "q") or _why_not(k, "k") or _why_not(v, "v")
+    reason = why_not_here(q.dtype, q.shape[-1])
+    if reason:
+        return reason
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.data_ptr() % BYTES:
+            return f"{name} begins at an address that {BYTES} does not divide"
+        reason = _why_not(x.shape, x.stride(), x.dtype.itemsize)
+        if reason:
+            return f"{name} has a {reason}"
+    return ""
 
 
 def why_not_here(dtype: torch.dtype, headdim: int) -> str:
@@ -71,17 +81,16 @@ def why_not_on(target: str, dtype: torch.dtype, headdim: int) -> str:
     return ""
 
 
-def _why_not(x: Tensor, name: str) -> str:
-    size = x.dtype.itemsize
-    if x.data_ptr() % BYTES:
-        return f"{name} begins at an address that {BYTES} does not divide"
-    for length, stride in zip(x.shape[:-1], x.stride(), strict=False):
-        if stride * size % BYTES and length > 1:
-            return f"{name} has a stride of {stride * size} bytes, and a descriptor takes multiples of {BYTES}"
-        if length > 1 and not 0 < stride * size < MAX_STRIDE:
-            return f"{name} has a stride of {stride * size} bytes, and a descriptor takes 1 to 2⁴⁰"
+@lru_cache(maxsize=4096)
+def _why_not(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> str:
+    for length, stride in zip(shape[:-1], strides, strict=False):
+        step = stride * itemsize
+        if step % BYTES and length > 1:
+            return f"stride of {step} bytes, and a descriptor takes multiples of {BYTES}"
+        if length > 1 and not 0 < step < MAX_STRIDE:
+            return f"stride of {step} bytes, and a descriptor takes 1 to 2⁴⁰"
         if not 0 < length <= MAX_ROWS:
-            return f"{name} has a dimension of {length}, and a descriptor takes 1 to 2³¹ - 1"
+            return f"dimension of {length}, and a descriptor takes 1 to 2³¹ - 1"
     return ""
 
 
@@ -99,9 +108,17 @@ def describe(x: Tensor, rows: int, block_d: int) -> TensorDescriptor:
     """A descriptor of (batch, nheads, seqlen, headdim), batch 1 for a ragged x, in blocks of `rows` of one head.
 
     headdim is a dimension of its own, so that a block wider than it is filled up with 0 and not with the next head.
+    `why_pointers` has checked the address.
     """
+    return _checked(x, rows, block_d)
+
+
+def _descriptor(x: Tensor, rows: int, block_d: int) -> TensorDescriptor:
     batch, seqlen, nheads, headdim = x.shape if x.ndim == 4 else (1, *x.shape)
     of_batch, of_row, of_head = x.stride()[:-1] if x.ndim == 4 else (0, *x.stride()[:-1])
     unused = BYTES // x.dtype.itemsize  # the stride of a dimension of 1 may be anything, a descriptor's may not
-    strides = [of_batch if batch > 1 else unused, of_head if nheads > 1 else unused, of_row if seqlen > 1 else unused, 1]
-    return TensorDescriptor(x, [batch, nheads, seqlen, headdim], strides, [1, 1, rows, block_d])
+    strides = [of_batch if batch > 1 else unused, of_head if nheads > 1 else unused, of_row if seqlen > 1 else unused]
+    return TensorDescriptor(x, [batch, nheads, seqlen, headdim], [*strides, 1], [1, 1, rows, block_d])
+
+
+_checked = Checked(_descriptor)

@@ -115,8 +115,8 @@ def _check(
             raise ValueError(f"q has {what} {number}, wants at most {MAX_GRID}: split the call")
 
 
-# The operators. torch.compile puts each into its graph as one node and does not trace into it. `torch.library.custom_op`
-# would do the same, and take as long on the host as all the rest of a call.
+# The operators. torch.compile puts each into its graph as one node and does not trace into it.
+# `torch.library.custom_op` would do the same, and take longer on the host than all the rest of a call.
 _CALL = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
     "float scale, SymInt left, SymInt right, float softcap"
