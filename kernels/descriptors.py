@@ -34,6 +34,6 @@ class Checked:
             made = self.make(x, *block)
             found = self.fields[key] = type(made), {**vars(made), "base": None}
         kind, fields = found
-        descriptor = object.__new__(kind)
+        descriptor: Any = object.__new__(kind)
         descriptor.__dict__.update(fields, base=x)
         return descriptor

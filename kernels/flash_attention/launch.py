@@ -68,7 +68,10 @@ def flash_attention(
     # A window as long as the sequence hides nothing. The kernel adds it to positions, where 2³¹ - 1 would overflow.
     left = -1 if window_size[0] >= lengths[3] else window_size[0]
     right = 0 if causal else -1 if window_size[1] >= lengths[2] else window_size[1]
-    return torch.ops.kernels.flash_attention_forward(q, k, v, *lengths, scale, left, right, softcap)
+    call = (*lengths, scale, left, right, softcap)
+    if torch.compiler.is_compiling() or _wants_derivative(q, k, v):
+        return torch.ops.kernels.flash_attention_forward.default(q, k, v, *call)
+    return _below_autograd(torch.ops.kernels.flash_attention_forward.default, q, k, v, *call)
 
 
 def _check(
@@ -80,39 +83,52 @@ def _check(
     softcap: float,
     softmax_scale: float | None,
 ) -> None:
-    layout = "(total, nheads, headdim)" if ragged else "(batch, seqlen, nheads, headdim)"
+    ndim = 3 if ragged else 4
+    shape, shape_k, dtype = q.shape, k.shape, q.dtype
     allowed = (*DTYPES, torch.float64) if MODE.name == "interpreter" else DTYPES
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != (3 if ragged else 4):
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, wants {layout}")
-        if x.dtype not in allowed:
-            raise TypeError(f"{name} is {x.dtype}, wants float16, bfloat16 or float32")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}: they must agree")
-        if x.shape[-1] != q.shape[-1] or (not ragged and x.shape[0] != q.shape[0]):
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, q has {tuple(q.shape)}: batch and headdim must agree")
-    if v.shape != k.shape:
-        raise ValueError(f"v has shape {tuple(v.shape)}, k has {tuple(k.shape)}: they must agree")
-    if not 1 <= q.shape[-1] <= MAX_HEADDIM:
-        raise ValueError(f"q has headdim {q.shape[-1]}, wants 1 to {MAX_HEADDIM}")
-    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
-        raise ValueError(f"k has {k.shape[-2]} heads, not a divisor of q's {q.shape[-2]}")
+    alike = dtype == k.dtype == v.dtype and q.device == k.device == v.device and shape_k == v.shape
+    alike = alike and len(shape) == ndim == len(shape_k) and shape[-1] == shape_k[-1]
+    if not alike or dtype not in allowed or (not ragged and shape[0] != shape_k[0]):
+        _say_what_differs(q, k, v, ndim, allowed)
+    if not 1 <= shape[-1] <= MAX_HEADDIM:
+        raise ValueError(f"q has headdim {shape[-1]}, wants 1 to {MAX_HEADDIM}")
+    if shape_k[-2] == 0 or shape[-2] % shape_k[-2]:
+        raise ValueError(f"k has {shape_k[-2]} heads, not a divisor of q's {shape[-2]}")
     if len(window_size) != 2 or min(window_size) < -1:
         raise ValueError(f"window_size is {window_size}, wants (left, right) with -1 for no limit")
     if softcap < 0:
         raise ValueError(f"softcap is {softcap}, wants a positive number, or 0 for none")
     if softmax_scale is not None and softmax_scale <= 0:  # the kernel takes the maximum before it scales
         raise ValueError(f"softmax_scale is {softmax_scale}, wants a positive number")
-    for name, cu_seqlens in zip(("cu_seqlens_q", "cu_seqlens_k"), ragged[:2] if ragged else (), strict=False):
+    if ragged:
+        _check_cu_seqlens(q, ragged)
+    batch = len(ragged.cu_seqlens_q) - 1 if ragged else shape[0]
+    if batch > MAX_GRID or shape[-2] > MAX_GRID:
+        what, number = ("batch", batch) if batch > MAX_GRID else ("heads", shape[-2])
+        raise ValueError(f"q has {what} {number}, wants at most {MAX_GRID}: split the call")
+
+
+def _say_what_differs(q: Tensor, k: Tensor, v: Tensor, ndim: int, allowed: tuple[torch.dtype, ...]) -> None:
+    layout = "(total, nheads, headdim)" if ndim == 3 else "(batch, seqlen, nheads, headdim)"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != ndim:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, wants {layout}")
+        if x.dtype not in allowed:
+            raise TypeError(f"{name} is {x.dtype}, wants float16, bfloat16 or float32")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}: they must agree")
+        if x.shape[-1] != q.shape[-1] or (ndim == 4 and x.shape[0] != q.shape[0]):
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, q has {tuple(q.shape)}: batch and headdim must agree")
+    raise ValueError(f"v has shape {tuple(v.shape)}, k has {tuple(k.shape)}: they must agree")
+
+
+def _check_cu_seqlens(q: Tensor, ragged: Ragged) -> None:
+    for name, cu_seqlens in zip(("cu_seqlens_q", "cu_seqlens_k"), ragged[:2], strict=True):
         if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.device != q.device:
             raise ValueError(f"{name} is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, wants int32 (batch + 1,)")
-    if ragged and len(ragged.cu_seqlens_q) != len(ragged.cu_seqlens_k):
+    if len(ragged.cu_seqlens_q) != len(ragged.cu_seqlens_k):
         sizes = len(ragged.cu_seqlens_q), len(ragged.cu_seqlens_k)
         raise ValueError(f"cu_seqlens_q has {sizes[0]} entries, cu_seqlens_k {sizes[1]}: they must agree")
-    batch = len(ragged.cu_seqlens_q) - 1 if ragged else q.shape[0]
-    for what, number in (("batch", batch), ("heads", q.shape[-2])):
-        if number > MAX_GRID:
-            raise ValueError(f"q has {what} {number}, wants at most {MAX_GRID}: split the call")
 
 
 # The operators. torch.compile puts each into its graph as one node and does not trace into it.
@@ -134,7 +150,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("kernels::flash_attention_forward", "default")
 def _forward(q: Tensor, k: Tensor, v: Tensor, *call) -> tuple[Tensor, Tensor]:
     q, k, v, narrow = _ready(q, k, v)
     out, lse = q.new_empty(q.shape), _empty_lse(q)
@@ -148,7 +163,6 @@ def _(q, k, v, *_):
     return q.new_empty(q.shape), _empty_lse(q)
 
 
-@torch.library.impl("kernels::flash_attention_backward", "default")
 def _backward(
     grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *call
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,35 +178,41 @@ def _(grad_out, grad_lse, q, k, v, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-@torch.library.impl("kernels::flash_attention_forward", "Autograd")
 def _forward_with_autograd(q, k, v, *call):
-    wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if wanted or forward_ad._current_level >= 0:  # a forward derivative is refused by `apply`, and not 0
+    if _wants_derivative(q, k, v):
         return _Forward.apply(q, k, v, *call)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.kernels.flash_attention_forward(q, k, v, *call)
+    return _below_autograd(torch.ops.kernels.flash_attention_forward.default, q, k, v, *call)
 
 
-@torch.library.impl("kernels::flash_attention_backward", "Autograd")
 def _backward_with_autograd(*arguments):
-    if torch.is_grad_enabled() and any(x.requires_grad for x in arguments[:7]):
+    if _wants_derivative(*arguments[:7]):
         return _Backward.apply(*arguments)
+    return _below_autograd(torch.ops.kernels.flash_attention_backward.default, *arguments)
+
+
+def _wants_derivative(*tensors: Tensor) -> bool:
+    """A forward derivative counts: `apply` refuses it, and without `apply` it would be 0."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any([x.requires_grad for x in tensors])
+
+
+def _below_autograd(operator, *arguments):
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.kernels.flash_attention_backward(*arguments)
+        return operator(*arguments)
 
 
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, *call):
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = torch.ops.kernels.flash_attention_forward(q, k, v, *call)
+        out, lse = _below_autograd(torch.ops.kernels.flash_attention_forward.default, q, k, v, *call)
         ctx.save_for_backward(q, k, v, out, lse)  # no probabilities: the backward recomputes them
         ctx.call = call
         return out, lse
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
-        grads = torch.ops.kernels.flash_attention_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.call)
+        grads = torch.ops.kernels.flash_attention_backward.default(grad_out, grad_lse, *ctx.saved_tensors, *ctx.call)
         return *grads, *(None for _ in ctx.call)
 
     @staticmethod
@@ -205,12 +225,17 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.kernels.flash_attention_backward(*arguments)
+        return _below_autograd(torch.ops.kernels.flash_attention_backward.default, *arguments)
 
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError("flash_attention can be differentiated once: a second derivative needs naive_attention")
+
+
+torch.library.impl("kernels::flash_attention_forward", "default", _forward)
+torch.library.impl("kernels::flash_attention_forward", "Autograd", _forward_with_autograd)
+torch.library.impl("kernels::flash_attention_backward", "default", _backward)
+torch.library.impl("kernels::flash_attention_backward", "Autograd", _backward_with_autograd)
 
 
 def _device_of(x: Tensor):
@@ -229,5 +254,5 @@ def _ready(*tensors: Tensor):
 
 def _empty_lse(q: Tensor) -> Tensor:
     """(batch, nheads, seqlen_q), or (nheads, total_q) where q is ragged."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=dtype)
+    *batch, seqlen, nheads, _ = q.shape
+    return q.new_empty((*batch, nheads, seqlen), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
