@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -36,18 +37,18 @@ class Call:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
         tma = not why_pointers(q, k, v)
-        sizes = tuning.choice("forward", self.kind._replace(tma=True) if tma else self.kind).keywords()
-        grid = (-(-self.seqlen_q // sizes["BLOCK_Q"]), self.nheads, self.batch)
+        config = tuning.choice("forward", self.kind._replace(tma=True) if tma else self.kind)
+        grid = (-(-self.seqlen_q // config.block_q), self.nheads, self.batch)
         inputs: tuple[Any, ...] = (q, k, v)
         strides: tuple[Any, ...] = (None, None, None)
         if tma:
-            block_d = self.constants["BLOCK_D"]
-            inputs = (describe(q, sizes["BLOCK_Q"], block_d), *(describe(x, sizes["BLOCK_K"], block_d) for x in (k, v)))
+            block_d, rows = self.constants["BLOCK_D"], config.block_k
+            inputs = (describe(q, config.block_q, block_d), describe(k, rows, block_d), describe(v, rows, block_d))
         else:
             strides = (self._strides(q), self._strides(k), self._strides(v))
         forward_kernel[grid](
             *inputs, out, lse, *strides, self._strides(out), *self._row_strides(lse), *self.lengths, *self.scoring,
-            **self.constants, **sizes, TMA=tma,
+            **self.constants, **config.keywords(), TMA=tma,
         )  # fmt: skip
 
     def backward(self, q, k, v, out, lse, grad_out, grad_lse, grad_q, grad_k, grad_v) -> None:
@@ -84,6 +85,7 @@ class Call:
         return (0 if self.ragged else x.stride(0), x.stride(-2))
 
 
+@lru_cache(maxsize=1024)
 def constants(headdim: int, group: int, left: bool, right: bool, softcap: bool) -> dict:
     """What a kernel is compiled for. A flag that is False leaves its branch out of the compiled kernel."""
     block_d = tuning.padded(headdim)

@@ -152,10 +152,10 @@ torch.library.define(
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *call) -> tuple[Tensor, Tensor]:
     q, k, v, narrow = _ready(q, k, v)
-    out, lse = q.new_empty(q.shape), _empty_lse(q)
+    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), _empty_lse(q)
     with _device_of(q):
         Call(q, k, *call).forward(q, k, v, out, lse)
-    return out.to(narrow), lse
+    return out if out.dtype == narrow else out.to(narrow), lse
 
 
 @torch.library.register_fake("kernels::flash_attention_forward")
@@ -248,8 +248,8 @@ def _ready(*tensors: Tensor):
     narrow = tensors[0].dtype
     if MODE.name == "interpreter" and narrow == torch.bfloat16:
         # The interpreter stores bf16 as uint16, and tl.dot multiplies those integers: wrong by 1e8, without an error.
-        tensors = tuple(x.float() for x in tensors)
-    return *(x if x.stride(-1) == 1 else x.contiguous() for x in tensors), narrow
+        tensors = tuple([x.float() for x in tensors])
+    return *[x if x.stride(-1) == 1 else x.contiguous() for x in tensors], narrow
 
 
 def _empty_lse(q: Tensor) -> Tensor:
