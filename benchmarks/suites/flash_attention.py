@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.attention import HIDDEN, SEQLENS, Attention, compare
+from benchmarks.attention import HIDDEN, SEQLENS, TOKENS, Attention, compare
 from benchmarks.correctness import assert_right, naive_one_by_one, random_qkv, random_ragged
 from benchmarks.machine import Machine
 from kernels import tuning
 from kernels.flash_attention import flash_attention
+from kernels.flash_attention.descriptors import candidates_here, why_not_here
 
 HEADDIMS = (128, 256, 64)  # in order of importance: the time may not suffice for all
 
@@ -90,7 +91,7 @@ def tiles(case: Case) -> ExitStack:
     stack = ExitStack()
     if case.tiles:
         for kernel in tuning.KERNELS:
-            found = tuning.candidates(kernel, case.headdim, case.dtype, tuning.this_gpu())
+            found = candidates_here(kernel, case.headdim, case.dtype)
             config = found[min(case.tiles, len(found) - 1)]
             stack.enter_context(tuning.using(kernel, case.headdim, case.dtype, config))
     return stack
@@ -123,12 +124,15 @@ def measure(machine: Machine) -> Iterator[dict]:
     """Yields a row for each headdim, mask and length, forward and backward, with the tiles that tuning chose."""
     for headdim, causal in itertools.product(HEADDIMS[-1:] if machine.dry_run else HEADDIMS, (True, False)):
         ours: dict[str, Attention] = {"ours": partial(forward, causal=causal)}
-        if not machine.out_of_time():
-            tune(machine, headdim, causal)
+        tma, tuned = not why_not_here(torch.bfloat16, headdim), set()
         for seqlen in SEQLENS[-1:] if machine.dry_run else SEQLENS:
+            length = tuning.length_class(seqlen, seqlen)
+            if length not in tuned and not machine.out_of_time():
+                tune(machine, headdim, causal, seqlen)
+                tuned.add(length)
             if not machine.out_of_time():
                 for row in compare(machine, ours, headdim, causal, seqlen, backward=True):
-                    yield row | tuning.chosen(headdim, torch.bfloat16)
+                    yield row | tuning.chosen(headdim, torch.bfloat16, causal=causal, length=length, tma=tma)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -136,11 +140,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return flash_attention(q, k, v, causal=causal)[0]
 
 
-def tune(machine: Machine, headdim: int, causal: bool) -> None:
-    """Picks the fastest tiles for long sequences; all later calls with this headdim use them."""
-    seqlen, nheads = (32, 2) if machine.dry_run else (SEQLENS[0], HIDDEN // headdim)
+def tune(machine: Machine, headdim: int, causal: bool, seqlen: int) -> None:
+    """Picks the fastest tiles for sequences of about this length; later calls with this headdim and mask use them."""
+    batch, seqlen, nheads = (1, 32, 2) if machine.dry_run else (TOKENS // seqlen, seqlen, HIDDEN // headdim)
     dtype = torch.float16 if machine.dry_run else torch.bfloat16
-    leaves = random_qkv((seqlen, seqlen), (nheads, nheads), headdim, dtype, machine.device)
+    leaves = random_qkv((seqlen, seqlen), (nheads, nheads), headdim, dtype, machine.device, batch)
     q, k, v = (x.requires_grad_() for x in leaves)
     out = forward(q, k, v, causal)
     backward: Callable = partial(torch.autograd.grad, out, leaves, torch.randn_like(out), retain_graph=True)

@@ -121,4 +121,10 @@ def _descriptor(x: Tensor, rows: int, block_d: int) -> TensorDescriptor:
     return TensorDescriptor(x, [batch, nheads, seqlen, headdim], [*strides, 1], [1, 1, rows, block_d])
 
 
+def candidates_here(kernel: str, headdim: int, dtype: torch.dtype) -> list[tuning.Config]:
+    """`tuning.candidates` of this GPU for a padded call with contiguous tensors and no window."""
+    tma = kernel == "forward" and not why_not_here(dtype, headdim)
+    return tuning.candidates(kernel, headdim, dtype, tuning.this_gpu(), tma=tma)
+
+
 _checked = Checked(_descriptor)
