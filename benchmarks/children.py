@@ -109,6 +109,7 @@ class Child:
         self.start()
 
     def start(self) -> None:
+        """Starts the process, in a session of its own."""
         command = [*self.command, json.dumps(asdict(self.run))]
         self.process = subprocess.Popen(command, cwd=ROOT, env=self.environment, start_new_session=True)
         self.alive, self.life, self.seen = True, time.monotonic(), self.saved()

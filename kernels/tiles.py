@@ -53,6 +53,35 @@ def load_tile(
 
 
 @triton.jit
+def place(x, strides, batch, row, head, TMA: tl.constexpr):
+    """Where a head's rows begin, as `load_rows` wants it: indices into a descriptor, else an address and the stride."""
+    if TMA:
+        return tl.cast(batch, tl.int32), tl.cast(head, tl.int32), tl.cast(row, tl.int32)
+    else:
+        return locate(x, strides, batch, row, head), strides[1]
+
+
+@triton.jit
+def load_rows(
+    x, begin, first, n_rows,
+    ROWS: tl.constexpr, HEADDIM: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """The tile whose rows are `first`, `first` + 1 … of the n_rows that begin at a `place`.
+
+    By a descriptor (batch, nheads, seqlen, headdim) one instruction copies the tile, without an address in a register.
+    It fills up with 0 behind the tensor's last row and dimension; but rows from n_rows on that the tensor has, those
+    of the next sequence in a ragged batch, are read.
+    """
+    if TMA:
+        batch, head, row = begin
+        return x.load([batch, head, row + first, 0]).reshape(ROWS, BLOCK_D)
+    else:
+        pointer, stride = begin
+        pointer += tl.cast(first, tl.int64) * stride
+        return load_tile(pointer, stride, n_rows - first, ROWS, HEADDIM, BLOCK_D, WHOLE)
+
+
+@triton.jit
 def store_tile(pointer, tile, stride, n_rows, ROWS: tl.constexpr, HEADDIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Stores a tile's first n_rows rows and HEADDIM dimensions, in the pointer's dtype."""
     rows, dims = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]

@@ -1,14 +1,15 @@
 """Tile sizes, warps and stages of the Triton kernels: a few reasoned candidates for each kind of GPU.
 
 The first candidate that fits is used, so that a call compiles once and gives the same bits every time. `tune` times all
-of them on this GPU and keeps the fastest; `chosen` lists those in use.
+of them on this GPU and keeps the fastest for one `Kind` of call; `chosen` lists those in use.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 
@@ -61,83 +62,175 @@ INTERPRETER, INTERPRETER_WIDE = Config(128, 64, 4, 1), Config(256, 128, 4, 1)
 FULL_PRECISION = {64: Config(16, 16, 4, 1), 128: Config(16, 16, 4, 1), 256: Config(16, 16, 8, 1)}
 
 
-def candidates(kernel: str, headdim: int, dtype: torch.dtype, target: str, window: bool = False) -> list[Config]:
+class Kind(NamedTuple):
+    """What the best tiles depend on, beside the kernel and the GPU.
+
+    Args:
+        headdim, dtype: of the tensors; fp16, bf16 or fp32.
+        causal: whether queries see no keys to their right.
+        window: whether the window has a left end.
+        ragged: whether cu_seqlens locates the sequences.
+        length: class of the sequences' length, see `length_class`.
+        tma: whether tensor descriptors load the tiles, see `kernels.flash_attention.descriptors`.
+    """
+
+    headdim: int
+    dtype: torch.dtype
+    causal: bool = False
+    window: bool = False
+    ragged: bool = False
+    length: str = "long"
+    tma: bool = False
+
+
+def length_class(seqlen_q: int, seqlen_k: int) -> str:
+    """Of the longer one: "short" up to 1,024 rows, "medium" up to 4,096, else "long"."""
+    longest = max(seqlen_q, seqlen_k)
+    return "short" if longest <= 1024 else "medium" if longest <= 4096 else "long"
+
+
+def candidates(
+    kernel: str,
+    headdim: int,
+    dtype: torch.dtype,
+    target: str,
+    window: bool = False,
+    *,
+    ragged: bool = False,
+    tma: bool = False,
+) -> list[Config]:
     """The configurations for a kernel, the best guess first, without those that need too much shared memory.
 
     Args:
         kernel: "forward", "backward_kv" or "backward_q".
         headdim: of the tensors.
         dtype: fp16, bf16 or fp32.
-        target: one of `kernels.targets`.
-        window: whether the window has a left end.
+        target: one of `kernels.targets`; with tma one of sm_90 or newer.
+        window, ragged, tma: as in `Kind`; only the forward has descriptors, and none where there is no candidate.
     """
-    instruction = TARGETS[target].instruction
+    instruction, width = TARGETS[target].instruction, max(64, padded(headdim))
     if dtype == torch.float32:
-        configs = [FULL_PRECISION[max(64, padded(headdim))]]
+        configs = [FULL_PRECISION[width]]
+    elif tma and kernel == "forward":
+        configs = TMA_CONFIGS[instruction].get(width, [])
+        if instruction == "wgmma" and width == 256 and (ragged or window):
+            # V's tail passes through registers, and the window's mask needs them: beside 256 columns they would spill.
+            configs = [config for config in configs if config.block_k <= 32]
     else:
-        configs = CONFIGS[instruction][kernel][max(64, padded(headdim))]
-        if instruction == "wgmma" and kernel != "backward_kv" and (window or headdim != padded(headdim)):
-            # The masks of a window's left end and of padded dimensions need registers too.
+        configs = CONFIGS[instruction][kernel][width]
+        more = window or headdim != padded(headdim) or (ragged and kernel == "forward" and width == 128)
+        if instruction == "wgmma" and kernel != "backward_kv" and more:
+            # Masks of a window's left end and of padded dimensions need registers too, and so do looked-up sequences.
             configs = [config._replace(block_k=config.block_k // 2) for config in configs]
     limit = TARGETS[target].shared_kib * 1024
-    return [config for config in configs if config.shared_bytes(kernel, headdim, dtype.itemsize) <= limit]
+    fitting = (config for config in configs if config.shared_bytes(kernel, headdim, dtype.itemsize) <= limit)
+    return list(dict.fromkeys(fitting))
 
 
-_tuned: dict[tuple[str, int, torch.dtype, bool], Config] = {}
+_tuned: dict[tuple[str, Kind], Config] = {}
+_in_use: dict[tuple[str, int, torch.dtype], Config] = {}  # inside `using`, for every kind of call
+_asked: dict[str, Kind] = {}  # the last kind of call, by kernel
 
 
-def choice(kernel: str, headdim: int, dtype: torch.dtype, window: bool = False) -> Config:
+def choice(kernel: str, kind: Kind) -> Config:
     """The configuration in use for a kernel on this machine: the tuned one, else the first candidate."""
-    if (kernel, headdim, dtype, window) in _tuned:
-        return _tuned[kernel, headdim, dtype, window]
+    _asked[kernel] = kind
+    if _in_use and (kernel, kind.headdim, kind.dtype) in _in_use:
+        return _in_use[kernel, kind.headdim, kind.dtype]
+    if (kernel, kind) in _tuned:
+        return _tuned[kernel, kind]
     if MODE.name == "interpreter":
-        return INTERPRETER if headdim < 128 else INTERPRETER_WIDE
-    return candidates(kernel, headdim, dtype, this_gpu(), window)[0]
+        return INTERPRETER if kind.headdim < 128 else INTERPRETER_WIDE
+    return _candidates(kernel, kind, this_gpu())[0]
 
 
-def chosen(headdim: int, dtype: torch.dtype) -> dict[str, str]:
-    """The configurations in use as text, by kernel, such as {"forward": "128 × 64 tiles, 8 warps, 3 stages"}."""
-    return {kernel: "{} × {} tiles, {} warps, {} stages".format(*choice(kernel, headdim, dtype)) for kernel in KERNELS}
+@lru_cache(maxsize=1024)
+def _candidates(kernel: str, kind: Kind, target: str) -> list[Config]:
+    return candidates(kernel, kind.headdim, kind.dtype, target, kind.window, ragged=kind.ragged, tma=kind.tma)
+
+
+def chosen(headdim: int, dtype: torch.dtype, **kind: Any) -> dict[str, str]:
+    """The configurations in use as text, by kernel, such as {"forward": "128 × 64 tiles, 8 warps, 3 stages"}.
+
+    Args:
+        headdim, dtype: of the tensors.
+        kind: what else is known of the calls, as in `Kind`: causal=True, length="short". `tma` holds for the forward.
+    """
+    text = {}
+    for kernel in KERNELS:
+        whole = Kind(headdim, dtype, **kind)
+        config = choice(kernel, whole if kernel == "forward" else whole._replace(tma=False))
+        text[kernel] = "{} × {} tiles, {} warps, {} stages".format(*config)
+        if kernel == "forward" and whole.tma:
+            text[kernel] += ", descriptors"
+    return text
 
 
 @contextmanager
 def using(kernel: str, headdim: int, dtype: torch.dtype, config: Config) -> Iterator[None]:
-    """Uses a configuration inside the `with` block, with a window and without."""
-    before = dict(_tuned)
-    _tuned.update({(kernel, headdim, dtype, window): config for window in (False, True)})
+    """Uses a configuration inside the `with` block, for every kind of call: any mask, any length."""
+    before = dict(_in_use)
+    _in_use[kernel, headdim, dtype] = config
     try:
         yield
     finally:
-        _tuned.clear()
-        _tuned.update(before)
+        _in_use.clear()
+        _in_use.update(before)
 
 
 def tune(kernel: str, headdim: int, dtype: torch.dtype, run: Callable[[], object]) -> Config:
-    """Times every candidate on this GPU and keeps the fastest for all later calls without a window.
+    """Times every candidate on this GPU and keeps the fastest for all later calls of the same `Kind` as this one.
 
-    In the interpreter there is only one.
+    In the interpreter there is only one. A candidate that fails is left out; if all fail, the last error is raised.
 
     Args:
-        kernel, headdim, dtype: as in `candidates`.
-        run: a call that uses the kernel.
+        kernel: as in `candidates`.
+        headdim, dtype: of the tensors in `run`.
+        run: a call that uses the kernel. Its mask, its lengths and its tensors say for which kind of call it is.
+
+    Raises:
+        ValueError: where `run` does not use the kernel with this headdim and dtype.
     """
     if MODE.name == "interpreter":
-        return choice(kernel, headdim, dtype)
-    from triton.testing import do_bench
-
-    def milliseconds(config: Config) -> float:
-        with using(kernel, headdim, dtype, config):
-            return do_bench(run, warmup=10, rep=40, return_mode="median")
-
-    found = candidates(kernel, headdim, dtype, this_gpu())
-    fastest = min(found, key=milliseconds)
-    _tuned[kernel, headdim, dtype, False] = fastest
+        return choice(kernel, Kind(headdim, dtype))
+    _asked.pop(kernel, None)
+    run()
+    kind = _asked.get(kernel)
+    if kind is None or (kind.headdim, kind.dtype) != (headdim, dtype):
+        raise ValueError(f"run does not use {kernel} with headdim {headdim} in {dtype}: it asked for {kind}")
+    fastest = _fastest(kernel, kind, run)
+    _tuned[kernel, kind] = fastest
     return fastest
 
 
+def _fastest(kernel: str, kind: Kind, run: Callable[[], object]) -> Config:
+    times, failure = {}, RuntimeError(f"no candidate for {kernel}, {kind}")
+    for config in _candidates(kernel, kind, this_gpu()):
+        try:
+            with using(kernel, kind.headdim, kind.dtype, config):
+                times[config] = _milliseconds(run)
+        except Exception as error:  # the compiler and the launch each raise their own
+            failure = RuntimeError(f"{kernel} with {config} fails: {error}")
+            failure.__cause__ = error
+    if not times:
+        raise failure
+    return min(times, key=times.__getitem__)
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    from triton.testing import do_bench
+
+    return do_bench(run, warmup=10, rep=40, return_mode="median")
+
+
 def this_gpu() -> str:
-    """The target of the GPU at hand, such as "sm_90"."""
-    return target_of(torch.cuda.get_device_capability())
+    """The target of the current CUDA device, such as "sm_90"."""
+    return _target(torch.cuda.current_device())
+
+
+@lru_cache
+def _target(device: int) -> str:
+    return target_of(torch.cuda.get_device_capability(device))
 
 
 KERNELS = ("forward", "backward_kv", "backward_q")
@@ -167,8 +260,8 @@ CONFIGS: dict[str, dict[str, dict[int, list[Config]]]] = {
     "wgmma": {
         "forward": {
             64: [Config(128, 128, 8, 3), Config(128, 64, 4, 3), Config(128, 64, 8, 3)],
-            128: [Config(128, 128, 8, 2), Config(128, 128, 8, 3), Config(128, 64, 8, 2)],
-            256: [Config(128, 32, 8, 2), Config(64, 64, 8, 2)],
+            128: [Config(128, 128, 8, 3), Config(128, 128, 8, 2), Config(128, 64, 8, 3)],
+            256: [Config(128, 32, 8, 2), Config(64, 64, 8, 2)],  # a third stage spills
         },
         "backward_kv": {
             64: [Config(64, 128, 8, 2), Config(64, 128, 8, 1)],
@@ -184,8 +277,8 @@ CONFIGS: dict[str, dict[str, dict[int, list[Config]]]] = {
     "tcgen05": {
         "forward": {
             64: [Config(128, 64, 4, 3), Config(128, 64, 4, 2)],
-            128: [Config(128, 64, 8, 2), Config(64, 64, 4, 2)],
-            256: [Config(128, 32, 8, 2), Config(64, 64, 8, 2)],
+            128: [Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 64, 4, 2)],
+            256: [Config(128, 32, 8, 3), Config(128, 32, 8, 2), Config(64, 64, 8, 2)],
         },
         "backward_kv": {
             64: [Config(64, 128, 8, 2), Config(64, 64, 4, 2)],
@@ -197,5 +290,24 @@ CONFIGS: dict[str, dict[str, dict[int, list[Config]]]] = {
             128: [Config(64, 64, 8, 2), Config(128, 32, 8, 2)],
             256: [Config(64, 32, 8, 2), Config(64, 64, 8, 1)],
         },
+    },
+}
+
+# The forward with tensor descriptors: no addresses in registers, so larger tiles and more stages fit. Three stages
+# where they fit: with two, a tile of keys is copied during one of the two products only.
+TMA_CONFIGS: dict[str, dict[int, list[Config]]] = {
+    "mma.sync": {  # of these GPUs only sm_120 has descriptors; at 256 all tiles spill
+        64: [Config(128, 64, 8, 3), Config(128, 64, 8, 2)],
+        128: [Config(128, 64, 8, 2), Config(128, 32, 8, 3)],
+    },
+    "wgmma": {
+        64: [Config(128, 128, 8, 3), Config(64, 128, 4, 3), Config(128, 64, 8, 4)],
+        128: [Config(128, 128, 8, 3), Config(128, 128, 8, 2), Config(128, 64, 8, 4)],
+        256: [Config(128, 64, 8, 2), Config(128, 32, 8, 3)],
+    },
+    "tcgen05": {
+        64: [Config(128, 128, 8, 3), Config(128, 64, 4, 3)],
+        128: [Config(128, 128, 8, 3), Config(128, 64, 8, 3)],
+        256: [Config(128, 64, 8, 2), Config(128, 32, 8, 3)],
     },
 }

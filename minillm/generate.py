@@ -74,6 +74,7 @@ class TextGenerator:
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
+        """Where a row ends unless it is told otherwise: the model's end ids, else the end mark of our dialogues."""
         config_has = getattr(self.model.config, "eos_token_ids", ())
         return tuple(config_has) or tuple(self._dialogue_ids[-1:])
 

@@ -17,6 +17,7 @@ from benchmarks.correctness import assert_right, interpreter_fault, naive_one_by
 from benchmarks.machine import Machine, Unable
 from kernels import tuning
 from kernels.flash_attention import flash_attention
+from kernels.flash_attention.descriptors import candidates_here, why_not_here
 
 HEADDIMS = (128, 256, 64)  # in order of importance: the time may not suffice for all
 
@@ -107,15 +108,10 @@ def tiles(case: Case) -> ExitStack:
     stack = ExitStack()
     if case.tiles:
         for kernel in tuning.KERNELS:
-            found = candidates(kernel, case.headdim, case.dtype)
+            found = candidates_here(kernel, case.headdim, case.dtype)
             config = found[min(case.tiles, len(found) - 1)]
             stack.enter_context(tuning.using(kernel, case.headdim, case.dtype, config))
     return stack
-
-
-def candidates(kernel: str, headdim: int, dtype: torch.dtype) -> list[tuning.Config]:
-    """The tiles that this GPU may take for a kernel: those that are checked and those that are timed."""
-    return tuning.candidates(kernel, headdim, dtype, tuning.this_gpu())
 
 
 def checks(machine: Machine) -> Iterator[Case]:
@@ -160,11 +156,13 @@ def timings(machine: Machine) -> Iterator[TimedCase]:
 def time(machine: Machine, case: TimedCase) -> Iterator[dict]:
     """Yields a row for the forward and one for the backward, with the tiles that are the fastest for this case."""
     headdim, causal, seqlen = case
+    tma = not why_not_here(torch.bfloat16, headdim)
+    kind = {"causal": causal, "length": tuning.length_class(seqlen, seqlen), "tma": tma}
     ours: dict[str, Attention] = {"ours": partial(forward, causal=causal)}
     with ExitStack() as stack:
         tried = tune(machine, case, stack)
         for row in compare(machine, ours, headdim, causal, seqlen, backward=True):
-            yield row | tuning.chosen(headdim, torch.bfloat16) | {"tiles tried": tried}
+            yield row | tuning.chosen(headdim, torch.bfloat16, **kind) | {"tiles tried": tried}
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -207,7 +205,7 @@ def try_candidates(
 ) -> dict[tuning.Config, float | str]:
     """The milliseconds of a call with each candidate for a kernel, or why there are none."""
     found: dict[tuning.Config, float | str] = {}
-    for number, config in enumerate(candidates(kernel, case.headdim, torch.bfloat16)):
+    for number, config in enumerate(candidates_here(kernel, case.headdim, torch.bfloat16)):
         name = candidate(case.headdim, case.causal, number)
         if name in machine.failed:
             found[config] = f"its check failed: {machine.failed[name]}"

@@ -44,6 +44,7 @@ class Compiled:
         instructions: tensor-core instructions in the PTX by kind: "mma.sync", "wgmma", "tcgen05".
         example: the first of them, as it stands in the PTX.
         async_copies: asynchronous copies to shared memory (cp.async, TMA).
+        in_flight: groups of cp.async that the most patient wait leaves in flight; 0 where each waits for all of them.
         hopper: the count of each of `listing.HOPPER` in the PTX, where a loop's body stands once.
         registers_set: the distinct register counts that warps set for themselves (setmaxnreg).
         registers: of 32 bits, per thread.
@@ -55,6 +56,7 @@ class Compiled:
     instructions: dict[str, int] = field(default_factory=dict)
     example: str = ""
     async_copies: int = 0
+    in_flight: int = 0
     hopper: dict[str, int] = field(default_factory=dict)
     registers_set: list[int] = field(default_factory=list)
     registers: int = 0

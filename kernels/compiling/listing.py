@@ -29,6 +29,7 @@ def read_listing(ptx: str, cubin: bytes, shared_bytes: int) -> Compiled:
         instructions={kind: len(lines) for kind, lines in found.items()},
         example=next(iter(found.values()))[0] if found else "",
         async_copies=len(re.findall(ASYNC_COPY, ptx)),
+        in_flight=max(map(int, re.findall(r"cp\.async\.wait_group\s+(\d+)", ptx)), default=0),
         hopper={name: ptx.count(name) for name in HOPPER},
         registers_set=sorted({int(number) for number in re.findall(r"setmaxnreg\S+\s+(\d+)", ptx)}),
         registers=usage["REG"],

@@ -10,8 +10,9 @@ from kernels.tiles import (
     LN2,
     VARYING,
     cap,
-    load_tile,
+    load_rows,
     locate,
+    place,
     sequence,
     softmax_step,
     store_tile,
@@ -24,14 +25,14 @@ prepare()  # before the first @triton.jit: see kernels/tiles.py
 
 @triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
-    q, k, v, out, lse,  # pointers
-    q_strides, k_strides, v_strides, out_strides,  # of each: (batch, row, head)
+    q, k, v, out, lse,  # pointers; with TMA q, k and v are descriptors
+    q_strides, k_strides, v_strides, out_strides,  # of each: (batch, row, head), and None for a descriptor
     row_batch, row_head,  # strides of lse, whose rows are contiguous
     cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k,  # the first two are None for a padded batch
     scale, softcap, left, right,  # a causal mask is right = 0
     GROUP: tl.constexpr, HEADDIM: tl.constexpr, BLOCK_D: tl.constexpr,  # GROUP query heads share a KV head
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Algorithm 1 for one tile of queries: one walk over the tiles of keys that it sees."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # causal: the last tiles see the most keys, so they start first
@@ -41,14 +42,16 @@ def forward_kernel(
     start = tile * BLOCK_Q
     if start >= seqlen_q:  # a short sequence of a ragged batch
         return
-    q = locate(q, q_strides, batch, first_q + start, head)
-    k = locate(k, k_strides, batch, first_k, head // GROUP)  # K and V are read in place, never repeated
-    v = locate(v, v_strides, batch, first_k, head // GROUP)
+    RAGGED: tl.constexpr = cu_seqlens_q is not None
+    batch = 0 if RAGGED else batch  # a ragged batch lies in one: first_q and first_k locate its sequences
+    queries = place(q, q_strides, batch, first_q + start, head, TMA)
+    k_begin = place(k, k_strides, batch, first_k, head // GROUP, TMA)  # K and V are read in place, never repeated
+    v_begin = place(v, v_strides, batch, first_k, head // GROUP, TMA)
     out = locate(out, out_strides, batch, first_q + start, head)
     lse += batch * row_batch + head * row_head + first_q + start
 
     n_rows = seqlen_q - start
-    q_tile = load_tile(q, q_strides[1], n_rows, BLOCK_Q, HEADDIM, BLOCK_D, False)
+    q_tile = load_rows(q, queries, 0, n_rows, BLOCK_Q, HEADDIM, BLOCK_D, False, TMA)
     positions = start + seqlen_k - seqlen_q + tl.arange(0, BLOCK_Q)  # the last query has the last key's position
     ACC: tl.constexpr = tl.float64 if q_tile.dtype == tl.float64 else tl.float32
     acc = tl.zeros((BLOCK_Q, BLOCK_D), ACC)
@@ -57,20 +60,21 @@ def forward_kernel(
 
     stop = tl.minimum(start + BLOCK_Q, seqlen_q) + seqlen_k - seqlen_q
     bounds = tiles_seen(start + seqlen_k - seqlen_q, stop, left, right, seqlen_k, BLOCK_K, LEFT, RIGHT)
-    keys = (k, v, k_strides[1], v_strides[1], seqlen_k)
+    keys = (k, v, k_begin, v_begin, seqlen_k)
+    FOREIGN: tl.constexpr = TMA and RAGGED  # a tile's rows behind the end are the next sequence's
     scoring = (scale, softcap, left, right)
     if LEFT:  # tiles at the window's left end
         acc, m, l = forward_inner(
             acc, m, l, q_tile, positions, keys, scoring, bounds[0], bounds[1],
-            HEADDIM, BLOCK_D, BLOCK_K, LEFT, RIGHT, SOFTCAP, True,
+            HEADDIM, BLOCK_D, BLOCK_K, LEFT, RIGHT, SOFTCAP, True, TMA, FOREIGN,
         )  # fmt: skip
     acc, m, l = forward_inner(  # tiles that every query sees whole: no mask, no tail
         acc, m, l, q_tile, positions, keys, scoring, bounds[1], bounds[2],
-        HEADDIM, BLOCK_D, BLOCK_K, LEFT, RIGHT, SOFTCAP, False,
+        HEADDIM, BLOCK_D, BLOCK_K, LEFT, RIGHT, SOFTCAP, False, TMA, FOREIGN,
     )  # fmt: skip
     acc, m, l = forward_inner(  # the diagonal, and the tail
         acc, m, l, q_tile, positions, keys, scoring, tl.maximum(bounds[1], bounds[2]), bounds[3],
-        HEADDIM, BLOCK_D, BLOCK_K, LEFT, RIGHT, SOFTCAP, True,
+        HEADDIM, BLOCK_D, BLOCK_K, LEFT, RIGHT, SOFTCAP, True, TMA, FOREIGN,
     )  # fmt: skip
 
     empty = l == 0  # a row that sees no key: out 0, lse -inf
@@ -86,14 +90,14 @@ def forward_inner(
     acc, m, l, q_tile, positions, keys, scoring, first, stop,
     HEADDIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+    TMA: tl.constexpr, FOREIGN: tl.constexpr,
 ):  # fmt: skip
     """The inner loop: tiles of keys from `first` to `stop`, and the online softmax over them (lines 6 to 11)."""
-    k, v, k_stride, v_stride, seqlen_k = keys
+    k, v, k_begin, v_begin, seqlen_k = keys
     scale, softcap, left, right = scoring
     for start in range(first, stop, BLOCK_K):
         start = tl.multiple_of(start, BLOCK_K)
-        far = tl.cast(start, tl.int64)
-        k_tile = load_tile(k + far * k_stride, k_stride, seqlen_k - start, BLOCK_K, HEADDIM, BLOCK_D, not MASKED)
+        k_tile = load_rows(k, k_begin, start, seqlen_k, BLOCK_K, HEADDIM, BLOCK_D, not MASKED, TMA)
         # "ieee": the default for fp32 is TF32, with a mantissa of 10 bits. Half precision is not affected.
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee", out_dtype=acc.dtype)
         scores, unit = cap(scores, scale, softcap, SOFTCAP)
@@ -102,6 +106,8 @@ def forward_inner(
             seen = visible(positions[:, None], columns[None, :], left, right, LEFT, RIGHT)
             scores = tl.where(seen & (columns < seqlen_k)[None, :], scores, float("-inf"))
         p, m, l, rescale = softmax_step(scores, m, l, unit, MASKED)
-        v_tile = load_tile(v + far * v_stride, v_stride, seqlen_k - start, BLOCK_K, HEADDIM, BLOCK_D, not MASKED)
+        v_tile = load_rows(v, v_begin, start, seqlen_k, BLOCK_K, HEADDIM, BLOCK_D, not MASKED, TMA)
+        if MASKED and FOREIGN:  # their P is 0, but 0 · NaN is NaN
+            v_tile = tl.where((start + tl.arange(0, BLOCK_K) < seqlen_k)[:, None], v_tile, 0)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision="ieee", out_dtype=acc.dtype)
     return acc, m, l

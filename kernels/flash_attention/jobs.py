@@ -6,7 +6,8 @@ import torch
 
 from kernels import tuning
 from kernels.compiling.job import Job
-from kernels.flash_attention.launch import constants
+from kernels.flash_attention.call import constants
+from kernels.flash_attention.descriptors import why_not_on
 
 MODULES = {"forward": "forward", "backward_kv": "backward", "backward_q": "backward"}  # where each kernel is
 HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -23,6 +24,7 @@ def flash_attention_jobs(
     group: int = 1,
     ragged: bool = False,
     every: bool = False,
+    pointers: bool = False,
 ) -> dict[str, Job]:
     """Forward and backward, as a call with contiguous tensors compiles them: {name: job}.
 
@@ -32,17 +34,23 @@ def flash_attention_jobs(
         group: query heads that share a KV head.
         ragged: a ragged batch, with cu_seqlens.
         every: all candidates of `kernels.tuning` instead of the first choice.
+        pointers: also where the forward would take tensor descriptors, which its name says by "tma".
     """
     jobs = {}
     for kernel in tuning.KERNELS:
         for headdim in headdims:
-            configs = tuning.candidates(kernel, headdim, dtype, target, window)
+            tma = kernel == "forward" and not pointers and not why_not_on(target, dtype, headdim)
+            configs = tuning.candidates(kernel, headdim, dtype, target, window, ragged=ragged, tma=tma)
             for config in configs if every else configs[:1]:
                 sizes = config.keywords()
                 warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
                 values = constants(headdim, group, window, causal or window, softcap) | sizes
-                name = f"{kernel} d={headdim} " + "{}×{} {}w {}s".format(*config)
+                name = f"{kernel} d={headdim} " + "{}×{} {}w {}s".format(*config) + " tma" * tma
                 signature = _signature(kernel, HALVES.get(dtype, "fp32"), ragged)
+                if kernel == "forward":
+                    values["TMA"] = tma
+                if tma:
+                    signature |= _descriptors(HALVES[dtype], config, values["BLOCK_D"])
                 where = f"kernels.flash_attention.{MODULES[kernel]}:{kernel}_kernel"
                 jobs[name] = Job(where, signature, values, target, warps, stages)
     return jobs
@@ -65,6 +73,13 @@ def _signature(kernel: str, dtype: str, ragged: bool = False) -> dict:
     return tensors | steps | dict.fromkeys(outputs, tensor) | {"grad_strides": strides} | lengths | mask
 
 
+def _descriptors(dtype: str, config: tuning.Config, block_d: int) -> dict:
+    """Types of the arguments that differ where q, k and v are descriptors."""
+    rows = {"q": config.block_q, "k": config.block_k, "v": config.block_k}
+    blocks = {name: f"tensordesc<{dtype}[1, 1, {rows[name]}, {block_d}]>" for name in rows}
+    return blocks | {f"{name}_strides": "None" for name in rows}
+
+
 def hard_jobs(target: str) -> dict[str, Job]:
     """Kinds of calls that need more registers: GQA, ragged batches, padded dimensions, windows, soft caps."""
     calls: dict[str, dict] = {
@@ -74,6 +89,7 @@ def hard_jobs(target: str) -> dict[str, Job]:
         "window": dict(causal=False, window=True, headdims=(64, 96, 128, 256)),
         "softcap": dict(softcap=True, headdims=(128,)),
         "fp16 full": dict(causal=False, dtype=torch.float16),
+        "pointers": dict(pointers=True),
     }
     found = {call: flash_attention_jobs(target, **options) for call, options in calls.items()}
     return {f"{name} {call}": job for call, jobs in found.items() for name, job in jobs.items()}

@@ -1,18 +1,17 @@
-"""From tensors to kernel launches: the checked entry, the torch operators with their autograd, a launch a kernel."""
+"""From tensors to kernel launches: the checked entry, and the torch operators with their autograd."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from kernels import tuning
 from kernels.derivatives import has_tangent, in_torch_func
-from kernels.flash_attention.backward import backward_kv_kernel, backward_q_kernel, delta_kernel
-from kernels.flash_attention.forward import forward_kernel
+from kernels.flash_attention.call import Call
 from kernels.runtime import prepare
 
 MODE = prepare()
@@ -20,7 +19,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEADDIM = 256
 MAX_GRID = 65535  # programs along the second and third axis of a launch (CUDA), which are heads and batch
 ONE_BACKWARD = "the kernels have one backward and nothing else, attention in PyTorch has all (backend='tiled', 'naive')"
-DELTA_ROWS = 256 if MODE.name == "interpreter" else 32  # a program of delta_kernel
 
 
 class Ragged(NamedTuple):
@@ -73,7 +71,10 @@ def flash_attention(
     # A window as long as the sequence hides nothing. The kernel adds it to positions, where 2³¹ - 1 would overflow.
     left = -1 if window_size[0] >= lengths[3] else window_size[0]
     right = 0 if causal else -1 if window_size[1] >= lengths[2] else window_size[1]
-    return torch.ops.kernels.flash_attention_forward(q, k, v, *lengths, scale, left, right, softcap)
+    call = (*lengths, scale, left, right, softcap)
+    if torch.compiler.is_compiling() or _wants_derivative(q, k, v):
+        return torch.ops.kernels.flash_attention_forward.default(q, k, v, *call)
+    return _below_autograd(torch.ops.kernels.flash_attention_forward.default, q, k, v, *call)
 
 
 def _check(
@@ -85,44 +86,58 @@ def _check(
     softcap: float,
     softmax_scale: float | None,
 ) -> None:
-    layout = "(total, nheads, headdim)" if ragged else "(batch, seqlen, nheads, headdim)"
+    ndim = 3 if ragged else 4
+    shape, shape_k, dtype = q.shape, k.shape, q.dtype
     allowed = (*DTYPES, torch.float64) if MODE.name == "interpreter" else DTYPES
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != (3 if ragged else 4):
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, wants {layout}")
-        if x.dtype not in allowed:
-            raise TypeError(f"{name} is {x.dtype}, wants float16, bfloat16 or float32")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}: they must agree")
-        if x.shape[-1] != q.shape[-1] or (not ragged and x.shape[0] != q.shape[0]):
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, q has {tuple(q.shape)}: batch and headdim must agree")
-    if v.shape != k.shape:
-        raise ValueError(f"v has shape {tuple(v.shape)}, k has {tuple(k.shape)}: they must agree")
-    if not 1 <= q.shape[-1] <= MAX_HEADDIM:
-        raise ValueError(f"q has headdim {q.shape[-1]}, wants 1 to {MAX_HEADDIM}")
-    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
-        raise ValueError(f"k has {k.shape[-2]} heads, not a divisor of q's {q.shape[-2]}")
+    alike = dtype == k.dtype == v.dtype and q.device == k.device == v.device and shape_k == v.shape
+    alike = alike and len(shape) == ndim == len(shape_k) and shape[-1] == shape_k[-1]
+    if not alike or dtype not in allowed or (not ragged and shape[0] != shape_k[0]):
+        _say_what_differs(q, k, v, ndim, allowed)
+    if not 1 <= shape[-1] <= MAX_HEADDIM:
+        raise ValueError(f"q has headdim {shape[-1]}, wants 1 to {MAX_HEADDIM}")
+    if shape_k[-2] == 0 or shape[-2] % shape_k[-2]:
+        raise ValueError(f"k has {shape_k[-2]} heads, not a divisor of q's {shape[-2]}")
     if len(window_size) != 2 or min(window_size) < -1:
         raise ValueError(f"window_size is {window_size}, wants (left, right) with -1 for no limit")
     if softcap < 0:
         raise ValueError(f"softcap is {softcap}, wants a positive number, or 0 for none")
     if softmax_scale is not None and not softmax_scale > 0:  # the kernel takes the maximum before it scales
         raise ValueError(f"softmax_scale is {softmax_scale}, wants a positive number")
-    for name, cu_seqlens in zip(("cu_seqlens_q", "cu_seqlens_k"), ragged[:2] if ragged else (), strict=False):
-        if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.device != q.device:
-            raise ValueError(f"{name} is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, wants int32 (batch + 1,)")
-    if ragged and not (q.is_cuda or torch.compiler.is_compiling()):  # a GPU's numbers are not waited for
-        _check_bounds("q", q, ragged.cu_seqlens_q.tolist(), ragged.max_seqlen_q)
-        _check_bounds("k", k, ragged.cu_seqlens_k.tolist(), ragged.max_seqlen_k)
-    if ragged and len(ragged.cu_seqlens_q) != len(ragged.cu_seqlens_k):
-        sizes = len(ragged.cu_seqlens_q), len(ragged.cu_seqlens_k)
-        raise ValueError(f"cu_seqlens_q has {sizes[0]} entries, cu_seqlens_k {sizes[1]}: they must agree")
-    batch = len(ragged.cu_seqlens_q) - 1 if ragged else q.shape[0]
-    for what, number in (("batch", batch), ("heads", q.shape[-2])):
-        if number > MAX_GRID:
-            raise ValueError(f"q has {what} {number}, wants at most {MAX_GRID}: split the call")
+    if ragged:
+        _check_cu_seqlens(q, k, ragged)
+    batch = len(ragged.cu_seqlens_q) - 1 if ragged else shape[0]
+    if batch > MAX_GRID or shape[-2] > MAX_GRID:
+        what, number = ("batch", batch) if batch > MAX_GRID else ("heads", shape[-2])
+        raise ValueError(f"q has {what} {number}, wants at most {MAX_GRID}: split the call")
     if has_tangent(q, k, v) or in_torch_func(q, k, v):
         raise ValueError(f"q, k or v is differentiated in forward mode or by torch.func: {ONE_BACKWARD}")
+
+
+def _say_what_differs(q: Tensor, k: Tensor, v: Tensor, ndim: int, allowed: tuple[torch.dtype, ...]) -> None:
+    layout = "(total, nheads, headdim)" if ndim == 3 else "(batch, seqlen, nheads, headdim)"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != ndim:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, wants {layout}")
+        if x.dtype not in allowed:
+            raise TypeError(f"{name} is {x.dtype}, wants float16, bfloat16 or float32")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}: they must agree")
+        if x.shape[-1] != q.shape[-1] or (ndim == 4 and x.shape[0] != q.shape[0]):
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, q has {tuple(q.shape)}: batch and headdim must agree")
+    raise ValueError(f"v has shape {tuple(v.shape)}, k has {tuple(k.shape)}: they must agree")
+
+
+def _check_cu_seqlens(q: Tensor, k: Tensor, ragged: Ragged) -> None:
+    for name, cu_seqlens in zip(("cu_seqlens_q", "cu_seqlens_k"), ragged[:2], strict=True):
+        if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.device != q.device:
+            got = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)} on {cu_seqlens.device}"
+            raise ValueError(f"{name} is {got}, wants int32 (batch + 1,) on {q.device}")
+    if len(ragged.cu_seqlens_q) != len(ragged.cu_seqlens_k):
+        sizes = len(ragged.cu_seqlens_q), len(ragged.cu_seqlens_k)
+        raise ValueError(f"cu_seqlens_q has {sizes[0]} entries, cu_seqlens_k {sizes[1]}: they must agree")
+    if not (q.is_cuda or torch.compiler.is_compiling()):  # a GPU's numbers are not waited for
+        _check_bounds("q", q, ragged.cu_seqlens_q.tolist(), ragged.max_seqlen_q)
+        _check_bounds("k", k, ragged.cu_seqlens_k.tolist(), ragged.max_seqlen_k)
 
 
 def _check_bounds(of: str, x: Tensor, bounds: list[int], max_seqlen: int) -> None:
@@ -134,83 +149,116 @@ def _check_bounds(of: str, x: Tensor, bounds: list[int], max_seqlen: int) -> Non
         raise ValueError(f"max_seqlen_{of} is {max_seqlen}, and a sequence has {longest} rows")
 
 
-@torch.library.custom_op("kernels::flash_attention_forward", mutates_args=())
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    left: int,
-    right: int,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """A torch operator: torch.compile puts it into its graph as one node and does not trace into it."""
+# The operators. torch.compile puts each into its graph as one node and does not trace into it.
+# `torch.library.custom_op` would do the same, and take longer on the host than all the rest of a call.
+_CALL = (
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+    "float scale, SymInt left, SymInt right, float softcap"
+)
+torch.library.define(
+    "kernels::flash_attention_forward",
+    f"(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "kernels::flash_attention_backward",
+    "(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_CALL}) -> (Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, *call) -> tuple[Tensor, Tensor]:
     q, k, v, narrow = _ready(q, k, v)
-    out, lse = q.new_empty(q.shape), _empty_lse(q)
-    call = Call(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, left, right, softcap)
-    with torch.cuda.device_of(q):  # Triton launches on the current device, which may not be that of the tensors
-        call.forward(q, k, v, out, lse)
-    return out.to(narrow), lse
+    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), _empty_lse(q)
+    with _device_of(q):
+        Call(q, k, *call).forward(q, k, v, out, lse)
+    return out if out.dtype == narrow else out.to(narrow), lse
 
 
-@_forward.register_fake
-def _(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, left, right, softcap):
+@torch.library.register_fake("kernels::flash_attention_forward")
+def _(q, k, v, *_):
     return q.new_empty(q.shape), _empty_lse(q)
 
 
-@torch.library.custom_op("kernels::flash_attention_backward", mutates_args=())
 def _backward(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    left: int,
-    right: int,
-    softcap: float,
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *call
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, grad_out, out, narrow = _ready(q, k, v, grad_out, out)
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
-    call = Call(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, left, right, softcap)
-    with torch.cuda.device_of(q):
-        call.backward(q, k, v, out, lse, grad_out, grad_lse.contiguous(), grad_q, grad_k, grad_v)
+    with _device_of(q):
+        Call(q, k, *call).backward(q, k, v, out, lse, grad_out, grad_lse.contiguous(), grad_q, grad_k, grad_v)
     return grad_q.to(narrow), grad_k.to(narrow), grad_v.to(narrow)
 
 
-@_backward.register_fake
+@torch.library.register_fake("kernels::flash_attention_backward")
 def _(grad_out, grad_lse, q, k, v, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _keep_for_backward(ctx, inputs, output) -> None:
-    q, k, v, *ctx.rest = inputs
-    ctx.save_for_backward(q, k, v, *output)  # no probabilities: the backward recomputes them
+def _forward_with_autograd(q, k, v, *call):
+    if _wants_derivative(q, k, v):
+        return _Forward.apply(q, k, v, *call)
+    return _below_autograd(torch.ops.kernels.flash_attention_forward.default, q, k, v, *call)
 
 
-def _differentiate(ctx, grad_out, grad_lse):
-    grads = torch.ops.kernels.flash_attention_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.rest)
-    return *grads, *(None for _ in ctx.rest)
+def _backward_with_autograd(*arguments):
+    if _wants_derivative(*arguments[:7]):
+        return _Backward.apply(*arguments)
+    return _below_autograd(torch.ops.kernels.flash_attention_backward.default, *arguments)
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep_for_backward)
+def _wants_derivative(*tensors: Tensor) -> bool:
+    """A forward derivative counts: `apply` refuses it, and without `apply` it would be 0."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any([x.requires_grad for x in tensors])
 
 
-def _refuse_second_derivative(ctx, *grads):
-    raise NotImplementedError(f"a gradient of the Triton kernels is differentiated: {ONE_BACKWARD}")
+def _below_autograd(operator, *arguments):
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
 
 
-_backward.register_autograd(_refuse_second_derivative)
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, *call):
+        out, lse = _below_autograd(torch.ops.kernels.flash_attention_forward.default, q, k, v, *call)
+        ctx.save_for_backward(q, k, v, out, lse)  # no probabilities: the backward recomputes them
+        ctx.call = call
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse):
+        grads = torch.ops.kernels.flash_attention_backward.default(grad_out, grad_lse, *ctx.saved_tensors, *ctx.call)
+        return *grads, *(None for _ in ctx.call)
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise NotImplementedError(f"the operator has no forward derivative: {ONE_BACKWARD}")
+
+
+class _Backward(torch.autograd.Function):
+    """The backward, which has no derivative of its own."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        return _below_autograd(torch.ops.kernels.flash_attention_backward.default, *arguments)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(f"a gradient of the Triton kernels is differentiated: {ONE_BACKWARD}")
+
+
+torch.library.impl("kernels::flash_attention_forward", "default", _forward)
+torch.library.impl("kernels::flash_attention_forward", "Autograd", _forward_with_autograd)
+torch.library.impl("kernels::flash_attention_backward", "default", _backward)
+torch.library.impl("kernels::flash_attention_backward", "Autograd", _backward_with_autograd)
+
+
+def _device_of(x: Tensor):
+    """Triton launches on the current device, which may not be that of the tensors."""
+    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
 
 
 def _ready(*tensors: Tensor):
@@ -218,74 +266,11 @@ def _ready(*tensors: Tensor):
     narrow = tensors[0].dtype
     if MODE.name == "interpreter" and narrow == torch.bfloat16:
         # The interpreter stores bf16 as uint16, and tl.dot multiplies those integers: wrong by 1e8, without an error.
-        tensors = tuple(x.float() for x in tensors)
-    return *(x if x.stride(-1) == 1 else x.contiguous() for x in tensors), narrow
+        tensors = tuple([x.float() for x in tensors])
+    return *[x if x.stride(-1) == 1 else x.contiguous() for x in tensors], narrow
 
 
 def _empty_lse(q: Tensor) -> Tensor:
     """(batch, nheads, seqlen_q), or (nheads, total_q) where q is ragged."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=dtype)
-
-
-class Call:
-    """The arguments that the kernels of one call share, and the launches: a program per tile, head and sequence."""
-
-    def __init__(self, q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, left, right, softcap):
-        self.ragged = cu_seqlens_q is not None
-        if self.ragged:  # the kernel reads consecutive entries
-            cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-        self.batch = len(cu_seqlens_q) - 1 if self.ragged else q.shape[0]
-        self.nheads, self.nheads_k, self.headdim, self.dtype = q.shape[-2], k.shape[-2], q.shape[-1], q.dtype
-        self.lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        self.scoring = (scale, softcap, left, right)
-        self.constants = constants(self.headdim, self.nheads // self.nheads_k, left >= 0, right >= 0, softcap > 0)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
-        """Launches the forward, which fills out and lse."""
-        sizes = self._sizes("forward")
-        grid = (triton.cdiv(self.lengths[2], sizes["BLOCK_Q"]), self.nheads, self.batch)
-        strides = (*map(self._strides, (q, k, v, out)), *self._row_strides(lse))
-        forward_kernel[grid](q, k, v, out, lse, *strides, *self.lengths, *self.scoring, **self.constants, **sizes)
-
-    def backward(self, q, k, v, out, lse, grad_out, grad_lse, grad_q, grad_k, grad_v) -> None:
-        """Launches δ, then dK and dV, then dQ, which fill the three gradients."""
-        delta = torch.empty_like(lse)
-        self._delta(out, grad_out, grad_lse, delta)
-        tensors = (q, k, v, grad_out, lse, delta)
-        strides = (*map(self._strides, (q, k, v, grad_out)), *self._row_strides(lse))
-
-        sizes = self._sizes("backward_kv")
-        grid = (triton.cdiv(self.lengths[3], sizes["BLOCK_K"]), self.nheads_k, self.batch)
-        kv = (grad_k, grad_v, self._strides(grad_k))  # both are contiguous
-        backward_kv_kernel[grid](*tensors, *strides, *kv, *self.lengths, *self.scoring, **self.constants, **sizes)
-
-        sizes = self._sizes("backward_q")
-        grid = (triton.cdiv(self.lengths[2], sizes["BLOCK_Q"]), self.nheads, self.batch)
-        outputs = (grad_q, self._strides(grad_q))
-        backward_q_kernel[grid](*tensors, *strides, *outputs, *self.lengths, *self.scoring, **self.constants, **sizes)
-
-    def _delta(self, out: Tensor, grad_out: Tensor, grad_lse: Tensor, delta: Tensor) -> None:
-        grid = (triton.cdiv(self.lengths[2], DELTA_ROWS), self.nheads, self.batch)
-        strides = (*map(self._strides, (out, grad_out)), *self._row_strides(delta))
-        sizes = {name: self.constants[name] for name in ("HEADDIM", "BLOCK_D")}
-        delta_kernel[grid](
-            out, grad_out, grad_lse, delta, *strides, self.lengths[0], self.lengths[2], BLOCK_Q=DELTA_ROWS, **sizes
-        )
-
-    def _sizes(self, kernel: str) -> dict[str, int]:
-        return tuning.choice(kernel, self.headdim, self.dtype, self.constants["LEFT"]).keywords()
-
-    def _strides(self, x: Tensor) -> tuple[int, int, int]:
-        """(batch, row, head), in elements; 0 for the batch where cu_seqlens locates the sequences."""
-        return (0 if self.ragged else x.stride(0), x.stride(-3), x.stride(-2))
-
-    def _row_strides(self, x: Tensor) -> tuple[int, int]:
-        """(batch, head) of lse or delta, which are (batch, nheads, seqlen) or (nheads, total)."""
-        return (0 if self.ragged else x.stride(0), x.stride(-2))
-
-
-def constants(headdim: int, group: int, left: bool, right: bool, softcap: bool) -> dict:
-    """What a kernel is compiled for. A flag that is False leaves its branch out of the compiled kernel."""
-    block_d = tuning.padded(headdim)
-    return dict(GROUP=group, HEADDIM=headdim, BLOCK_D=block_d, LEFT=left, RIGHT=right, SOFTCAP=softcap)
+    *batch, seqlen, nheads, _ = q.shape
+    return q.new_empty((*batch, nheads, seqlen), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)

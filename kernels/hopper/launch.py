@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from kernels.descriptors import Checked
 from kernels.emulator import emulate
 from kernels.hopper import rung1_tma_wgmma, rung2_pipelined, rung3_specialized
 
@@ -96,25 +97,32 @@ def launch_of(
 ) -> Launch:
     """The launch that all rungs share: a program per tile of queries, head and sequence, with a warp for 16 rows."""
     scale = 1 / math.sqrt(q.shape[3]) if softmax_scale is None else softmax_scale
-    arguments: list[Any] = [_descriptor(q, block_m), _descriptor(k, block_n), _descriptor(v, block_n)]
-    arguments += [_descriptor(out, block_m), lse, q.shape[1], k.shape[1], q.shape[2] // k.shape[2]]
+    arguments: list[Any] = [_described(q, block_m), _described(k, block_n), _described(v, block_n)]
+    arguments += [_described(out, block_m), lse, q.shape[1], k.shape[1], q.shape[2] // k.shape[2]]
     arguments += [scale * math.log2(math.e), causal, STAGES]
     return Launch((-(-q.shape[1] // block_m), q.shape[2], q.shape[0]), arguments, block_m // 16)
 
 
-def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+def _described(x: Tensor, rows: int) -> TensorDescriptor:
     """(batch, seqlen, heads · headdim) in blocks of (1, rows, headdim): a head is a block of columns.
 
     The sequence has a dimension of its own, so that rows past its end load as zeros and not as the next sequence's.
     """
     batch, seqlen, nheads, headdim = x.shape
     flat = x.reshape(batch, seqlen, nheads * headdim)
-    steps = flat.stride()
-    if steps[2] != 1 or flat.data_ptr() % 16 or any(step * 2 % 16 or not step for step in steps[:2]):
+    of_batch, of_row, step = flat.stride()  # 8 numbers are 16 bytes
+    if step != 1 or of_batch % 8 or of_row % 8 or not of_batch or not of_row or flat.data_ptr() % 16:
         flat = flat.clone(memory_format=torch.contiguous_format)
+    return _checked(flat, rows, headdim)
+
+
+def _descriptor(flat: Tensor, rows: int, headdim: int) -> TensorDescriptor:
     block = [1, rows, headdim]
-    layout = gl.NVMMASharedLayout.get_default_for(block, GLUON_TYPES[x.dtype])
+    layout = gl.NVMMASharedLayout.get_default_for(block, GLUON_TYPES[flat.dtype])
     return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), block, layout)
+
+
+_checked = Checked(_descriptor)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, rung: str, softmax_scale: float | None, block_m: int, block_n: int) -> None:

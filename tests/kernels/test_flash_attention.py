@@ -2,8 +2,9 @@
 
 import importlib
 import itertools
+import os
 import re
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from benchmarks.correctness import assert_right, naive_one_by_one, random_ragged
 from course.widgets import tiles_by_program
 from kernels import tuning
 from kernels.flash_attention import Ragged, flash_attention
+from kernels.flash_attention.descriptors import using_descriptors
 from kernels.runtime import prepare
 from kernels.tiles import tiles_seen
 from minillm.attention.masks import Visibility
@@ -28,6 +30,14 @@ DEVICE = "cuda" if MODE.name == "gpu" else "cpu"
 HEADS = {"mha": (2, 2), "gqa": (4, 2), "mqa": (2, 1)}
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 LENGTHS = [(113, 0), (1, 217), (0, 5), (64, 64), (40, 256)]  # (queries, keys) of a ragged batch's sequences
+
+
+@pytest.fixture(autouse=True)
+def addressing():
+    """KERNELS_DESCRIPTORS=1 takes every call whose tensors allow it through descriptors, =0 none."""
+    wanted = os.environ.get("KERNELS_DESCRIPTORS")
+    with using_descriptors(wanted == "1") if wanted else nullcontext():
+        yield
 
 
 def on_device(q, k, v, return_lse=True, *, kernel=flash_attention, **options):
@@ -249,47 +259,6 @@ def test_gradcheck_of_out_and_lse_in_float64(softcap):
     options = dict(causal=True, window_size=(4, -1), softcap=softcap)
     with tiles(tuning.Config(4, 4, warps=4, stages=1), 3, torch.float64):
         assert torch.autograd.gradcheck(partial(flash_attention, **options), qkv, nondet_tol=0.0, fast_mode=True)
-
-
-CHEAP_CHECKS = ("test_schema", "test_faketensor")
-OTHER_CHECKS = ("test_autograd_registration", "test_aot_dispatch_dynamic")
-
-
-@pytest.mark.parametrize("layout", ["padded", "ragged"])
-def test_torch_knows_the_operators(layout):
-    """opcheck: schema, autograd, and the fake implementation that torch.compile traces with, against the real one."""
-    (q, k, v), ragged = random_ragged([(9, 12)], (2, 1), 16, torch.float32, DEVICE)
-    checks = (
-        CHEAP_CHECKS
-        if layout == "ragged"
-        else (*CHEAP_CHECKS, "test_autograd_registration", "test_aot_dispatch_dynamic")
-    )
-    if layout == "padded":
-        q, k, v, ragged = q[None], k[None], v[None], (None, None, 9, 12)
-    q, k, v = (x.requires_grad_() for x in (q, k, v))
-    arguments = (q, k, v, *ragged, 0.25, -1, 0, 0.0)
-    torch.library.opcheck(torch.ops.kernels.flash_attention_forward, arguments, test_utils=checks)
-    out, lse = torch.ops.kernels.flash_attention_forward(*arguments)
-    grads = tuple(x.detach() for x in (out, lse, q, k, v, out, lse))
-    torch.library.opcheck(torch.ops.kernels.flash_attention_backward, (*grads, *arguments[3:]), test_utils=checks)
-
-
-@pytest.mark.parametrize("layout", ["padded", "ragged"])
-def test_torch_compile_takes_a_call_in_one_piece_with_its_gradients(layout):
-    (q, k, v), ragged = random_ragged([(17, 20)], (2, 1), 16, torch.float32, DEVICE)
-
-    def layer(q, k, v):
-        if layout == "ragged":
-            return flash_attention(q * 2, k, v, ragged, causal=True)[0] + 1
-        return flash_attention(q[None] * 2, k[None], v[None], causal=True)[0] + 1
-
-    def results(layer):
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = layer(*leaves)
-        return out, *torch.autograd.grad(out.square().sum(), leaves)
-
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(results(compiled), results(layer))
 
 
 @pytest.mark.parametrize(
