@@ -7,7 +7,7 @@ from triton.experimental.gluon import language as gl
 
 from kernels.compiling import compile_kernels
 from kernels.emulator import BadLayout, NotModelled, arithmetic, emulate
-from kernels.emulator.values import scalar
+from kernels.emulator.values import Value
 from kernels.hopper.jobs import job_of
 from minillm.measure import assert_within_budget
 from tests.emulator.kernels import ROW, TILE
@@ -97,13 +97,10 @@ def types_kernel(out_ptr):
     gl.store(out_ptr, (a + b).sum() + x.exp2().log2().sqrt().min())
 
 
-def test_types_and_layouts_are_those_of_gluons_compiler():
-    """Every line of the kernel holds in the emulator and in the compiler."""
+def test_types_and_layouts_are_those_that_the_kernel_claims():
     out = torch.zeros(1)
     emulate(types_kernel, (1,), out)
     assert out == 32 * 64 * 65 + 1
-    (report,) = compile_kernels([job_of("tests.emulator.test_shapes_and_reductions:types_kernel", [out], 4)])
-    assert not report.failure, report.failure
 
 
 @gluon.jit
@@ -111,12 +108,12 @@ def half_sum_kernel(x_ptr, out_ptr):
     gl.store(out_ptr, gl.sum(gl.load(x_ptr + gl.arange(0, 4096, ROW)), 0).to(gl.float32))
 
 
-def test_a_sum_in_half_precision_rounds_as_it_goes():
-    """The smaller half of 2049 is lost in fp16, whatever the order; a sum in fp32 that is rounded once would keep it."""
+def test_a_sum_in_half_precision_rounds_at_each_addition():
+    """2048 + 1 is 2048 in fp16, and again; a sum in fp32 that is rounded once would be 2050."""
     x, out = torch.zeros(4096).half(), torch.zeros(1)
-    x[0], x[1024], x[2048], x[3072] = 2048, 1, 2048, 1
+    x[0], x[2048], x[1024] = 2048, 1, 1
     emulate(half_sum_kernel, (1,), x, out)
-    assert out == 4096 and x.sum().float() == 4096 + 2 - 2 or out == 4098
+    assert out == 2048
 
 
 @gluon.jit
@@ -184,7 +181,7 @@ def test_device_print_shows_the_tensor_and_the_program(capsys):
 
 
 def test_clamp_is_that_of_triton_3_8():
-    x = scalar(torch.tensor([-2.0, 0.5, 9.0, torch.nan]))
+    x = Value(torch.tensor([-2.0, 0.5, 9.0, torch.nan]))
     assert arithmetic.clamp(x, -1.0, 1.0).data.tolist() == [-1, 0.5, 1, -1]
     kept = arithmetic.clamp(x, -1.0, 1.0, propagate_nan="PropagateNan.ALL").data
     assert kept[:3].tolist() == [-1, 0.5, 1] and kept[3].isnan()
@@ -258,8 +255,10 @@ def test_what_does_not_fit_is_named_at_its_line(what):
     assert "test_shapes_and_reductions.py:" in str(caught.value)
 
 
-def test_gluons_compiler_refuses_each_of_them_too():
-    words = list(REFUSED)
-    jobs = [job_of("tests.emulator.test_shapes_and_reductions:refused_kernel", [what], 4) for what in words]
-    accepted = [what for what, report in zip(words, compile_kernels(jobs), strict=True) if not report.failure]
-    assert not accepted
+def test_gluons_compiler_accepts_and_refuses_the_same():
+    here = "tests.emulator.test_shapes_and_reductions"
+    jobs = [job_of(f"{here}:types_kernel", [torch.zeros(1)], 4)]
+    jobs += [job_of(f"{here}:refused_kernel", [what], 4) for what in REFUSED]
+    fits, *rest = (report.failure for report in compile_kernels(jobs))
+    assert not fits, fits
+    assert all(rest), [what for what, failure in zip(REFUSED, rest, strict=True) if not failure]
