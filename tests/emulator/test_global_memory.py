@@ -46,6 +46,24 @@ def test_two_partitions_may_touch_different_elements_of_one_tensor():
     assert x.sum() == 128
 
 
+@gluon.jit
+def fill_columns(x_ptr, FIRST: gl.constexpr):
+    gl.store(x_ptr + FIRST + 2 * gl.arange(0, 128, ROW), 1.0)
+
+
+@gluon.jit
+def columns_kernel(x_ptr, SECOND: gl.constexpr):
+    gl.warp_specialize([(fill_columns, (x_ptr, 0)), (fill_columns, (x_ptr, SECOND))], [4], [24])
+
+
+def test_elements_between_anothers_elements_are_others():
+    x = torch.zeros(258)
+    emulate(columns_kernel, (1,), x, 1, explore=5)
+    assert x.sum() == 256
+    with pytest.raises(Race, match=r"store to x_ptr.*\[fill_columns 0\](.|\n)*store to x_ptr.*\[fill_columns 1\]"):
+        emulate(columns_kernel, (1,), x, 2)
+
+
 def test_a_result_that_hangs_on_the_order_is_a_race():
     """What the records of accesses do not see: the results of all orders are compared as well."""
     launch._check_same("x_ptr", torch.ones(8), torch.ones(8), "here")
