@@ -99,10 +99,12 @@ class Allocation:
         part = self.written[tuple(slice(*bounds) for bounds in box)]
         if access.write:
             part.fill_(True)
+        elif part.all():
+            return
         elif not part.any():
             cure = "a copy into it is missing, or it is not the slot that was meant"
             raise Unwritten(f"{label} is read, and nothing was written there", [access.event], cure)
-        elif not part.all():
+        else:
             what = f"{label} is read, and only {int(part.sum())} of its {part.numel()} elements were written"
             raise Unwritten(what, [*writes, access.event], "a copy into the rest is missing")
 
