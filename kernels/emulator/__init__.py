@@ -9,11 +9,15 @@
 | `launch.py` | the kernel's own code, run with other globals |
 | `values.py` | values in registers: types, layouts |
 | `arithmetic.py` | functions that compute |
+| `shapes.py` | functions that change a shape, and the layouts that Gluon infers |
+| `reductions.py` | `reduce`, and `sum`, `max`, `min` made of it |
 | `memory.py` | shared memory, and the accesses to it |
+| `global_memory.py` | the accesses to global memory |
 | `order.py` | vector clocks: what a race is |
 | `barriers.py` | mbarriers: arrivals, bytes, phases |
 | `units.py` | the asynchronous engines: TMA, WGMMA |
 | `scheduler.py` | partitions of warps, and which runs next |
+| `workers.py` | `warp_specialize`: which workers a block can have |
 | `language.py` | the emulator's `gl`, `tma`, `mbarrier`, `hopper` |
 | `reports.py` | the reports, by kind of fault |
 """

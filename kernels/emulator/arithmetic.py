@@ -1,13 +1,17 @@
-"""The functions of `gl` that compute: create, combine and reduce tensors, load and store through pointers."""
+"""The functions of `gl` that compute: create and combine tensors, load and store through pointers."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from triton.experimental.gluon import language as real_gl
 from triton.experimental.gluon.language import _layouts as layouts
 
+from kernels.emulator.global_memory import Touch
+from kernels.emulator.memory import poison
 from kernels.emulator.scheduler import current
 from kernels.emulator.values import AUTO, Pointer, Value, bad_layout, binary, operands, same_layout, scalar, torch_type
 
@@ -27,7 +31,18 @@ def make(data: torch.Tensor, layout: Any) -> Value:
     layout = AUTO if layout is None else layout
     if layout != AUTO and (not isinstance(layout, layouts.DistributedLayout) or layout.rank != data.ndim):
         raise bad_layout(f"a tensor of {list(data.shape)} in {layout}", "wants a layout of registers, of that rank")
+    _check_warps(layout)
     return Value(data, layout if data.ndim else AUTO)
+
+
+def _check_warps(layout: Any) -> None:
+    """Raises BadLayout where a layout is for other warps than those that run: the compiler refuses it."""
+    if isinstance(layout, layouts.SliceLayout | layouts.DotOperandLayout):
+        _check_warps(layout.parent)
+    elif isinstance(layout, layouts.BlockedLayout | layouts.NVMMADistributedLayout):
+        warps, running = math.prod(layout.warps_per_cta), current().num_warps
+        if warps != running:
+            raise bad_layout(f"{layout} is for {warps} warps, and {running} run this", "gl.num_warps() says how many")
 
 
 def arange(start: int, end: int, layout: Any = None) -> Value:
@@ -67,56 +82,29 @@ def maximum(x: Any, y: Any) -> Any:
     return binary(torch.fmax, x, y) if isinstance(x, Value) or isinstance(y, Value) else max(x, y)
 
 
-def elementwise(function: Callable) -> Callable:
+def elementwise(name: str, function: Callable) -> Callable:
     def apply(x: Any) -> Value:
         x = as_value(x)
+        if name != "abs" and x.dtype != real_gl.float32:
+            raise bad_layout(f"gl.{name} of {x.dtype}", "it takes fp32 alone: x.to(gl.float32)")
         return Value(function(x.data), x.layout)
 
     return apply
 
 
-def reduction(function: Callable) -> Callable:
-    """A reduction: along `axis` the layout becomes a slice."""
-
-    def reduce(input: Value, axis: int | None = None, *, keep_dims: bool = False) -> Value:
-        x, rank = input.data, input.data.ndim
-        if axis is None:
-            return Value(function(x.flatten(), 0))
-        if not -rank <= axis < rank:
-            raise bad_layout(f"a reduction of {input.shape} along {axis}", f"wants an axis from {-rank} to {rank - 1}")
-        axis %= rank
-        data = function(x, axis)
-        if keep_dims:
-            return Value(data.unsqueeze(axis), input.layout)
-        layout = AUTO if input.layout == AUTO or not data.ndim else layouts.SliceLayout(axis, input.layout)
-        return Value(data, layout)
-
-    return reduce
-
-
-def total(x: torch.Tensor, axis: int) -> torch.Tensor:
-    """A sum: bf16 in fp32, and small integers in int32, as Triton does."""
-    if x.dtype == torch.bfloat16:
-        return x.float().sum(axis)
-    return x.sum(axis, dtype=x.dtype if x.dtype.is_floating_point or x.dtype == torch.int64 else torch.int32)
-
-
-def largest(x: torch.Tensor, axis: int) -> torch.Tensor:
-    """Ignores NaN, as on the GPU."""
-    return torch.where(x.isnan(), -torch.inf, x).amax(axis) if x.dtype.is_floating_point else x.amax(axis)
-
-
-def smallest(x: torch.Tensor, axis: int) -> torch.Tensor:
-    """Ignores NaN, as on the GPU."""
-    return torch.where(x.isnan(), torch.inf, x).amin(axis) if x.dtype.is_floating_point else x.amin(axis)
-
-
 def convert_layout(value: Value, layout: Any, assert_trivial: bool = False) -> Value:
-    return make(value.data, layout)
+    return value.like(value.data, make(value.data, layout).layout)
 
 
-def cast(input: Any, dtype: Any) -> Value:
-    return as_value(input).to(dtype)
+def cast(input: Any, dtype: Any, fp_downcast_rounding: str | None = None, bitcast: bool = False) -> Value:
+    return as_value(input).to(dtype, fp_downcast_rounding, bitcast)
+
+
+def clamp(x: Any, min: Any, max: Any, propagate_nan: Any = None) -> Value:
+    """In Gluon from triton 3.8 on. A NaN in x becomes a bound unless it is to be propagated; bf16 becomes fp32."""
+    x, low, high = (v.to(real_gl.float32) if v.dtype == real_gl.bfloat16 else v for v in map(as_value, (x, min, max)))
+    inside = minimum(maximum(x, low), high)
+    return where(x == x, inside, x) if str(propagate_nan).endswith("ALL") else inside
 
 
 def fma(x: Any, y: Any, z: Any) -> Value:
@@ -130,20 +118,38 @@ def expand_dims(input: Value, axis: int) -> Value:
     return input[tuple(index)]
 
 
-def load(pointer: Pointer, mask: Any = None, other: Any = 0.0, *, cache_modifier="", eviction_policy="") -> Value:
-    event = current().event(f"load from {pointer.name}")
+def load(pointer: Pointer, mask: Any = None, other: Any = None, *, cache_modifier="", eviction_policy="") -> Value:
+    """Where the mask is not set: `other`, or what nothing computes by accident (NaN, the smallest integer)."""
     keep = _mask(pointer, mask)
-    data = torch.full(keep.shape, other.data.item() if isinstance(other, Value) else other).to(pointer.memory.dtype)
-    data[keep] = pointer.memory[pointer.checked_offsets(keep, event)]
+    offsets = _touch(pointer, keep, "load from", write=False)
+    data = torch.empty(keep.shape, dtype=pointer.memory.dtype)
+    poison(data)
+    if other is not None:
+        same_layout([pointer, as_value(other)])
+        data[...] = as_value(other).data.to(data.dtype)
+    data[keep] = pointer.memory[offsets]
     return Value(data, pointer.layout)
 
 
 def store(pointer: Pointer, value: Any, mask: Any = None, *, cache_modifier="", eviction_policy="") -> None:
-    event = current().event(f"store to {pointer.name}")
     keep = _mask(pointer, mask)
     data = as_value(value)
     same_layout([pointer, data])
-    pointer.memory[pointer.checked_offsets(keep, event)] = data.data.to(pointer.memory.dtype).expand(keep.shape)[keep]
+    content = data.data.to(pointer.memory.dtype).expand(keep.shape)[keep]
+    pointer.memory[_touch(pointer, keep, "store to", write=True)] = content
+
+
+def _touch(pointer: Pointer, keep: torch.Tensor, what: str, write: bool) -> torch.Tensor:
+    """Records an access through a pointer; returns the offsets where the mask is set."""
+    me = current()
+    access = me.access(f"{what} {pointer.name}", write)
+    offsets = pointer.checked_offsets(keep, access.event)
+    if len(offsets):
+        threads = (pointer.layout, pointer.data)
+        first, last = int(offsets.min()), int(offsets.max())
+        touch = Touch(pointer.name, access, first, last, lambda: offsets, threads, me.meetings)
+        me.program.global_memory.touch(pointer.memory, touch)
+    return offsets
 
 
 def _mask(pointer: Pointer, mask: Any) -> torch.Tensor:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from triton.experimental.gluon import language as real_gl
+from triton.experimental.gluon.language.nvidia.hopper import tma as real_tma
 from triton.experimental.gluon.language.nvidia.hopper.mbarrier import MBarrierLayout
 
-from kernels.emulator import arithmetic, units
+from kernels.emulator import arithmetic, reductions, shapes, units
 from kernels.emulator.arithmetic import as_value, make
 from kernels.emulator.barriers import Barrier
 from kernels.emulator.memory import BLOCK_BYTES, MemDesc, allocate
 from kernels.emulator.reports import BadBarrier, Event, FailedAssert, NotModelled, OutOfBounds, assigned_name, here
 from kernels.emulator.scheduler import current
 from kernels.emulator.values import Value, bad_layout, scalar
+from kernels.emulator.workers import warp_specialize
 
-FEWEST_REGISTERS, MOST_REGISTERS = 24, 256  # of a thread, in steps of 8: what setmaxnreg takes
-SM_REGISTERS = 65536
+WAITS_FOR_WRITES = "read_only" in inspect.signature(real_tma.store_wait).parameters
 
 
 class Namespace:
@@ -57,53 +59,21 @@ def device_assert(cond: Any, msg: str = "", mask: Any = True) -> None:
 def block_barrier(*, cluster: bool = False) -> None:
     if cluster:
         raise NotModelled("the emulator does not know clusters of blocks")
-    current().event("barrier")
+    me = current()
+    me.event("barrier")
+    me.meetings += 1
+
+
+def device_print(prefix: str, *args: Any, hex: bool = False) -> None:
+    """Prints whole tensors, once and shortened: the GPU prints each thread's elements."""
+    me = current()
+    values = [as_value(x).data for x in args]
+    print(f"program {me.program.place}, {me.name}: {prefix}", *(x if x.ndim else x.item() for x in values))
 
 
 def kernel_range(*bounds: Any) -> Any:
     """`range` in a kernel: it yields run-time scalars."""
     return map(scalar, range(*(int(bound) for bound in bounds)))
-
-
-def warp_specialize(
-    functions_and_args: list, worker_num_warps: list[int], worker_num_regs: list[int] | None = None
-) -> Any:
-    """Runs the first function by the current warps and each other one by warps of its own, concurrently."""
-    me, parts = current(), functions_and_args
-    if len(me.program.partitions) > 1:
-        raise bad_layout("warp_specialize inside warp_specialize")
-    if any(warps & (warps - 1) for warps in worker_num_warps):
-        raise bad_layout(f"workers of {worker_num_warps} warps", "each wants a power of two")
-    if len(worker_num_warps) != len(parts) - 1 or len(worker_num_regs or worker_num_warps) != len(parts) - 1:
-        raise bad_layout(f"{len(parts) - 1} workers, {len(worker_num_warps)} numbers of warps, and {worker_num_regs}")
-    for function, arguments in parts[1:]:
-        if any(isinstance(x, Value) and x.shape for x in _flat(arguments)):
-            raise bad_layout(f"{function.__name__} gets a tensor in registers, which only the first partition can take")
-    if worker_num_regs:
-        _check_registers(me.num_warps, worker_num_warps, worker_num_regs)
-    warps = [me.num_warps, *worker_num_warps]
-    return me.program.specialize(
-        [(function.__name__, n, _call(function, args)) for (function, args), n in zip(parts, warps, strict=True)]
-    )
-
-
-def _call(function: Callable, arguments: tuple) -> Callable[[], Any]:
-    return lambda: function(*arguments)
-
-
-def _flat(x: Any) -> list:
-    return [leaf for item in x for leaf in _flat(item)] if isinstance(x, tuple | list) else [x]
-
-
-def _check_registers(num_warps: int, worker_num_warps: list[int], worker_num_regs: list[int]) -> None:
-    """Registers are allocated per warpgroup of 4 warps; the first partition gets what the workers leave."""
-    for registers in worker_num_regs:
-        if registers % 8 or not FEWEST_REGISTERS <= registers <= MOST_REGISTERS:
-            raise bad_layout(f"{registers} registers for a worker", "setmaxnreg takes 24 to 256, in steps of 8")
-    taken = sum(-(-warps // 4) * 128 * regs for warps, regs in zip(worker_num_warps, worker_num_regs, strict=True))
-    left = (SM_REGISTERS - taken) // (num_warps * 32) // 8 * 8
-    if left < FEWEST_REGISTERS:
-        raise bad_layout(f"the workers take {taken} of {SM_REGISTERS} registers and leave {left} a thread for the rest")
 
 
 # ---- shared memory ----
@@ -179,6 +149,7 @@ def barrier_expect(mbarrier: MemDesc, bytes_per_cta: int = 0, pred: Any = True, 
     """`bytes` is the name in triton 3.6."""
     if pred:
         me, nbytes = current(), int(bytes_per_cta) or int(bytes)
+        me.meetings += 1
         access = me.access(f"expect {nbytes} bytes at {mbarrier.label}", write=False)
         mbarrier.barrier(access).expect(nbytes, me.clock, access.event)
 
@@ -186,6 +157,7 @@ def barrier_expect(mbarrier: MemDesc, bytes_per_cta: int = 0, pred: Any = True, 
 def barrier_arrive(mbarrier: MemDesc, *, count: int = 1, pred: Any = True) -> None:
     if pred:
         me = current()
+        me.meetings += 1
         access = me.access(f"arrive at {mbarrier.label}", write=False)
         mbarrier.barrier(access).arrive(int(count), me.clock, access.event)
 
@@ -224,15 +196,18 @@ def tma_store(tensor_desc, coord, src) -> None:
     units.copy_out(current(), tensor_desc, [int(c) for c in coord], src)
 
 
-def store_wait(pendings: int) -> None:
-    units.wait_for_stores(current(), int(pendings))
+def store_wait(pendings: int, read_only: bool = True) -> None:
+    """`read_only=False` is in Gluon from triton 3.8 on."""
+    if not read_only and not WAITS_FOR_WRITES:
+        raise NotModelled(f"triton {version('triton')} has no store_wait(read_only=False): from 3.8 on")
+    units.wait_for_stores(current(), int(pendings), read_only)
 
 
 def make_tensor_descriptor(base, shape, strides, block_shape, layout, padding_option="zero") -> units.Descriptor:
     sizes, steps = [int(size) for size in shape], [int(step) for step in strides]
     tensor = base.memory.as_strided(sizes, steps, int(base.data))
     padding = torch.nan if padding_option == "nan" else 0.0
-    return units.Descriptor(tensor, [int(size) for size in block_shape], layout, padding)
+    return units.Descriptor(tensor, [int(size) for size in block_shape], layout, padding, base.name)
 
 
 def warpgroup_mma(a, b, acc, *, use_acc: Any = True, precision=None, max_num_imprecise_acc=None, is_async=False) -> Any:
@@ -250,7 +225,11 @@ def warpgroup_mma_wait(num_outstanding: int = 0, deps: Any = None) -> Any:
 
 # fmt: off
 _COMPUTE = ["arange", "cast", "cdiv", "convert_layout", "expand_dims", "fma", "full", "load", "maximum", "minimum",
-            "store", "where", "zeros"]
+            "store", "where", "zeros", *(["clamp"] if hasattr(real_gl, "clamp") else [])]
+_RESHAPE = ["broadcast", "permute", "ravel", "reshape"]
+_REDUCE = ["max", "min", "reduce", "sum"]
+_METHODS = {"cast": arithmetic.cast, "cdiv": arithmetic.cdiv, "expand_dims": arithmetic.expand_dims,
+            "trans": shapes.trans, "broadcast_to": shapes.broadcast_to}
 _TYPES = ["int1", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float8e5", "float8e4nv",
           "float16", "bfloat16", "float32", "float64", "pointer_type", "block_type", "constexpr", "tensor", "tuple"]
 _LAYOUTS = ["AutoLayout", "BlockedLayout", "CoalescedLayout", "DistributedLinearLayout", "DotOperandLayout",
@@ -261,11 +240,11 @@ gl = Namespace(
     "gl",
     {name: getattr(real_gl, name) for name in [*_TYPES, *_LAYOUTS] if hasattr(real_gl, name)}
     | {name: getattr(arithmetic, name) for name in _COMPUTE}
-    | {name: arithmetic.elementwise(function) for name, function in arithmetic.MATH.items()}
+    | {name: getattr(shapes, name) for name in _RESHAPE}
+    | {name: getattr(reductions, name) for name in _REDUCE}
+    | {name: arithmetic.elementwise(name, function) for name, function in arithmetic.MATH.items()}
     | {
-        "max": arithmetic.reduction(arithmetic.largest),
-        "min": arithmetic.reduction(arithmetic.smallest),
-        "sum": arithmetic.reduction(arithmetic.total),
+        "device_print": device_print,
         "to_tensor": as_value,
         "program_id": program_id,
         "num_programs": num_programs,
@@ -284,6 +263,12 @@ gl = Namespace(
         "allocate_shared_memory": allocate_shared_memory,
     },
 )
+
+for _name in [*_RESHAPE[1:], *_REDUCE, *arithmetic.MATH]:
+    setattr(Value, _name, gl._members[_name])
+for _name, _function in _METHODS.items():
+    setattr(Value, _name, _function)
+Value.T = property(shapes.trans)  # type: ignore[attr-defined]
 
 mbarrier = Namespace(
     "mbarrier",

@@ -142,7 +142,7 @@ def _argument(name: str, value: Any) -> Any:
     if isinstance(value, TensorDescriptor):
         tensor = value.base.as_strided(tuple(value.shape), tuple(value.strides))
         padding = torch.nan if value.padding == "nan" else 0.0
-        return Descriptor(tensor, list(value.block_shape), value.layout, padding)
+        return Descriptor(tensor, list(value.block_shape), value.layout, padding, name)
     if isinstance(value, tuple):
         return tuple(_argument(name, item) for item in value)
     if isinstance(value, int | float):
@@ -184,7 +184,7 @@ class _Translator:
             if origin.split(".")[0] != "triton":
                 return self.function(value)
         if getattr(value, "__triton_aggregate__", False):
-            raise NotModelled(f"the emulator does not know @aggregate, which makes {value.__name__}")
+            return _Refused(f"the emulator does not know @aggregate, which makes {value.__name__}")
         is_gluon = getattr(value, "__triton_builtin__", False) or isinstance(value, GluonJITFunction)
         if is_gluon and origin.split(".")[0] == "triton":
             name = getattr(value, "__name__", "") or value.fn.__name__
@@ -211,16 +211,27 @@ def _module(name: str) -> language.Namespace | None:
     if not name.startswith("triton."):
         return None
     last = name.rsplit(".", 1)[-1]
-    return {"mbarrier": language.mbarrier, "tma": language.tma, "hopper": language.hopper}.get(last, language.gl)
+    known = {"mbarrier": language.mbarrier, "tma": language.tma, "hopper": language.hopper}
+    if last in known:
+        return known[last]
+    return language.Namespace(last, {}) if ".nvidia." in name or ".amd." in name else language.gl
 
 
 def _stub(namespace: language.Namespace, name: str) -> Any:
     try:
         return getattr(namespace, name)
     except NotModelled as unknown:
-        message = str(unknown)
+        return _Refused(str(unknown))
 
-        def refuse(*_: Any, **__: Any) -> None:
-            raise NotModelled(message)
 
-        return refuse
+class _Refused:
+    """Replaces what the emulator does not know: its use raises NotModelled, at the line that uses it."""
+
+    def __init__(self, message: str):
+        self._message = message
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        raise NotModelled(self._message)
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotModelled(self._message)

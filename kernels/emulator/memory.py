@@ -71,6 +71,10 @@ class Allocation:
     freed: Event | None = None
     accesses: list[Access] = field(default_factory=list)
     barriers: dict[Box, Barrier] = field(default_factory=dict)
+    written: torch.Tensor = field(init=False)  # for each element, whether anything has written it
+
+    def __post_init__(self) -> None:
+        self.written = torch.zeros(self.data.shape, dtype=torch.bool)
 
     @property
     def nbytes(self) -> int:
@@ -82,7 +86,7 @@ class Allocation:
 
         Raises:
             Race, MissingFence, UseAfterFree: where it conflicts with an earlier one.
-            Unwritten: where a read finds no earlier write.
+            Unwritten: where a read finds a part that nothing has written.
         """
         if self.freed:
             raise UseAfterFree(f"{self.name} is used after it was freed", [self.freed, access.event])
@@ -91,10 +95,21 @@ class Allocation:
         for earlier in there:
             if access.write or earlier.write:
                 _check_order(label, earlier, access)
-        if not access.write and not any(earlier.write for earlier in there):
+        self._check_written(label, box, access, [earlier.event for earlier in there if earlier.write])
+        self._remember(access)
+
+    def _check_written(self, label: str, box: Box, access: Access, writes: list[Event]) -> None:
+        part = self.written[tuple(slice(*bounds) for bounds in box)]
+        if access.write:
+            part.fill_(True)
+        elif part.all():
+            return
+        elif not part.any():
             cure = "a copy into it is missing, or it is not the slot that was meant"
             raise Unwritten(f"{label} is read, and nothing was written there", [access.event], cure)
-        self._remember(access)
+        else:
+            what = f"{label} is read, and only {int(part.sum())} of its {part.numel()} elements were written"
+            raise Unwritten(what, [*writes, access.event], "a copy into the rest is missing")
 
     def free(self, access: Access) -> None:
         """Ends the allocation. Raises UseAfterFree where an access to it may still be running."""

@@ -101,7 +101,11 @@ class FailedAssert(Report):
 
 
 class NotModelled(NotImplementedError):
-    """The kernel uses a part of Gluon that the emulator does not model."""
+    """The kernel uses a part of Gluon that the emulator does not model: names it, and the line."""
+
+    def __init__(self, what: str):
+        place = here()
+        super().__init__(f"{what}\n  {place}: {place.code}" if place.frames else what)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kernels.emulator.barriers import EXPECT, Barrier
+from kernels.emulator.global_memory import GlobalMemory
 from kernels.emulator.memory import Access, Allocation
 from kernels.emulator.order import VectorClock, new_actor
 from kernels.emulator.reports import Deadlock, Event, UseAfterFree, WrongBytes, here
@@ -35,7 +36,7 @@ class Operation:
         event: its issue.
         land: performs it.
         after: the operation of the same engine that must complete before.
-        uses: the shared memory that it reads or writes.
+        uses: the shared memory that it reads or writes; none where the end of the program waits for it.
     """
 
     event: Event
@@ -68,7 +69,9 @@ class Partition:
     finished: bool = False
     baton: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     products: list[Operation] = field(default_factory=list)  # issued and not yet waited for, oldest first
-    stores: list[Operation] = field(default_factory=list)
+    stores: list[Operation] = field(default_factory=list)  # copies out: their reads of shared memory, oldest first
+    writes: list[Operation] = field(default_factory=list)  # and their writes to global memory
+    meetings: int = 0  # how often its threads have certainly met
 
     def event(self, what: str) -> Event:
         """An operation of this partition, at the line that is running. With a seed, others may run before it."""
@@ -105,6 +108,7 @@ class Program:
         self.asked_for: list[Operation] = []
         self.under_way: list[Operation] = []
         self.allocations: list[Allocation] = []
+        self.global_memory = GlobalMemory()
         self.failure: BaseException | None = None
         self.choices: list[int] = []
 
@@ -123,6 +127,7 @@ class Program:
         (name, _, function), *workers = parts
         outer_name, default.name = default.name, name
         event = default.event("warp_specialize")
+        default.meetings += 1
         threads = [threading.Thread(target=self._work, args=(self._fork(default, *part[:2]), part[2]), daemon=True)
                    for part in workers]  # fmt: skip
         for thread in threads:
@@ -135,6 +140,7 @@ class Program:
             return result
 
         result = self._guard(until_all_end)
+        default.meetings += 1
         for partner in partners:
             default.clock.join(partner.clock)
         del self.partitions[1:]
@@ -241,7 +247,9 @@ class Program:
         """All partitions have ended. The next block gets the shared memory, so no engine may still be using it."""
         known = self.partitions[0].clock.past
         for operation in self.asked_for:
-            if operation.actor not in known:
+            if not operation.uses:
+                self.finish(operation)
+            elif operation.actor not in known:
                 names = " and ".join(allocation.name for allocation in operation.uses)
                 what = f"the program may end while {names} is still in use"
                 raise UseAfterFree(what, [operation.event], "wait for it: tma.store_wait(0), or the copy's barrier")

@@ -15,6 +15,7 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language import _layouts as layouts
 
+from kernels.emulator.global_memory import Touch
 from kernels.emulator.memory import Access, MemDesc, poison
 from kernels.emulator.reports import NotModelled, Race
 from kernels.emulator.scheduler import Operation, Partition
@@ -34,12 +35,14 @@ class Descriptor:
     Args:
         tensor: a view of the memory in the descriptor's shape.
         padding: the value of elements outside the tensor: 0 or NaN.
+        name: of the argument that it describes.
     """
 
     tensor: torch.Tensor
     block_shape: list[int]
     layout: Any
     padding: float = 0.0
+    name: str = "tensor"
 
     dtype = property(lambda self: gluon_type(self.tensor.dtype))
     nbytes = property(lambda self: math.prod(self.block_shape) * self.tensor.element_size())
@@ -72,6 +75,18 @@ class Descriptor:
         inside, outside = self._part(corner)
         self.tensor[outside] = block[inside]
 
+    def touch(self, me: Partition, corner: list[int], access: Access) -> None:
+        """Records an engine's access to the part of the block that lies inside the tensor."""
+        part = self.tensor[self._part(corner)[1]]
+        if part.numel():
+            first = int(part.storage_offset())
+            last = first + sum(
+                (int(size) - 1) * int(step) for size, step in zip(part.shape, part.stride(), strict=True)
+            )
+            me.program.global_memory.touch(
+                self.tensor, Touch(self.name, access, first, last, lambda: _elements(part), meeting=me.meetings)
+            )
+
     def _part(self, corner: list[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """The part of a block inside the tensor: as slices of the block, and as slices of the tensor."""
         inside, outside = [], []
@@ -80,6 +95,14 @@ class Descriptor:
             inside.append(slice(first - start, stop - start))
             outside.append(slice(first, stop))
         return tuple(inside), tuple(outside)
+
+
+def _elements(part: torch.Tensor) -> torch.Tensor:
+    """The offsets in memory of all elements of a view."""
+    offsets = torch.tensor(part.storage_offset())
+    for size, step in zip(part.shape, part.stride(), strict=True):
+        offsets = offsets[..., None] + torch.arange(size) * step
+    return offsets.flatten()
 
 
 def _check_block(descriptor: Descriptor, corner: list[int], smem: MemDesc) -> None:
@@ -105,6 +128,7 @@ def copy_in(me: Partition, descriptor: Descriptor, corner: list[int], bar: MemDe
     access = Access(event, operation.actor, 0, me.clock.copy(), write=False, engine=False)
     barrier = bar.barrier(access)
     smem.touch(replace(access, write=True, engine=True, completes=barrier))
+    descriptor.touch(me, corner, replace(access, engine=True))
     barrier.under_way += descriptor.nbytes
     barrier.waited_too_early = None
     poison(smem.data)
@@ -112,19 +136,31 @@ def copy_in(me: Partition, descriptor: Descriptor, corner: list[int], bar: MemDe
 
 
 def copy_out(me: Partition, descriptor: Descriptor, corner: list[int], smem: MemDesc) -> None:
-    """Begins a copy from shared to global memory; `wait_for_stores` waits for it."""
+    """Begins a copy from shared to global memory: a read, then a write. `wait_for_stores` waits for them."""
     _check_block(descriptor, corner, smem)
     event = me.event(f"TMA copy out of {smem.label}")
-    operation = Operation(event, lambda: descriptor.write(corner, smem.data), None, [smem.allocation])
-    smem.touch(Access(event, operation.actor, 0, me.clock.copy(), write=False, engine=True))
-    me.program.start(operation)
-    me.stores.append(operation)
+    block = torch.empty(descriptor.block_shape, dtype=descriptor.tensor.dtype)
+
+    def land() -> None:
+        block.copy_(smem.data)
+
+    read = Operation(event, land, None, [smem.allocation])
+    write = Operation(event, lambda: descriptor.write(corner, block), read, [])
+    access = Access(event, read.actor, 0, me.clock.copy(), write=False, engine=True)
+    smem.touch(access)
+    descriptor.touch(me, corner, replace(access, actor=write.actor, write=True))
+    me.program.start(read)
+    me.program.start(write)
+    me.stores.append(read)
+    me.writes.append(write)
 
 
-def wait_for_stores(me: Partition, pending: int) -> None:
-    """Goes on when all but the latest `pending` copies out of shared memory have read it."""
+def wait_for_stores(me: Partition, pending: int, read_only: bool = True) -> None:
+    """Goes on when all but the latest `pending` copies out of shared memory have read it, or have written as well."""
     me.event("store_wait")
     _finish_all_but(me, me.stores, pending)
+    if not read_only:
+        _finish_all_but(me, me.writes, pending)
 
 
 def _finish_all_but(me: Partition, operations: list[Operation], pending: int) -> None:
@@ -167,7 +203,7 @@ RETURN = "warpgroup_mma_wait(n, deps=(…,)) must come between, with n the numbe
 
 def multiply(me: Partition, a: MemDesc | Value, b: MemDesc, acc: Value, use_acc: bool, is_async: bool) -> Value:
     """Begins acc + a @ b on the tensor cores, in fp32; waits for it unless asynchronous."""
-    _check_product(me, a, b, acc)
+    _check_product(a, b, acc)
     start = acc.hand_on() if isinstance(acc, Accumulator) else acc.data
     layout = acc.layout
     event = me.event(f"warpgroup_mma of {a.label if isinstance(a, MemDesc) else 'registers'} and {b.label}")
@@ -202,7 +238,7 @@ def wait_for_products(me: Partition, pending: int, deps: tuple[Any, ...]) -> Any
     return results[0] if len(results) == 1 else results
 
 
-def _check_product(me: Partition, a: Any, b: MemDesc, acc: Value) -> None:
+def _check_product(a: Any, b: MemDesc, acc: Value) -> None:
     """Raises BadLayout for what the compiler or the GPU would refuse.
 
     Source:
@@ -211,10 +247,9 @@ def _check_product(me: Partition, a: Any, b: MemDesc, acc: Value) -> None:
     layout = acc.layout
     if not isinstance(layout, layouts.NVMMADistributedLayout) or list(layout.version) != [3, 0]:
         raise bad_layout(f"the accumulator of warpgroup_mma is in {layout}", "use NVMMADistributedLayout([3, 0], …)")
-    warps = layout.warps_per_cta[0] * layout.warps_per_cta[1]
-    if warps != me.num_warps or layout.warps_per_cta[0] % 4:
-        raise bad_layout(f"the accumulator is laid out for {warps} warps, and {me.num_warps} run this",
-                         "warpgroup_mma wants all warps in warps_per_cta, a multiple of 4 along the rows")  # fmt: skip
+    if layout.warps_per_cta[0] % 4:
+        what = f"the accumulator of warpgroup_mma has {layout.warps_per_cta[0]} warps along the rows"
+        raise bad_layout(what, "it wants a multiple of 4 along the rows")
     if not isinstance(b, MemDesc):
         raise bad_layout("b of warpgroup_mma is in registers", "b must be in shared memory")
     (m, k), (k_too, n) = a.shape, b.shape

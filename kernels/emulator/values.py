@@ -68,20 +68,39 @@ class Value:
         return f"Value({self.data})"
 
     def __bool__(self) -> bool:
-        return bool(self.data)
+        return bool(self._scalar("if, and, or, not"))
 
     def __index__(self) -> int:
-        return int(self.data)
+        return int(self._scalar("as a number or a bound"))
 
     __int__ = __index__
 
-    def to(self, dtype: Any) -> Value:
-        """The value in another type; e4m3 saturates at 448, as the GPU's conversion does."""
+    def _scalar(self, use: str) -> torch.Tensor:
+        if self.shape:
+            raise NotModelled(f"the emulator does not know {use} of a tensor, only of scalars; & | ~ and gl.where do")
+        return self.data
+
+    def like(self, data: torch.Tensor, layout: Any) -> Value:
+        """Other data, as what this is."""
+        return Value(data, layout)
+
+    def to(self, dtype: Any, fp_downcast_rounding: str | None = None, bitcast: bool = False) -> Value:
+        """The value in another type; e4m3 saturates at 448, as the GPU's conversion does. `bitcast` keeps the bits."""
         target = torch_type(dtype)
         data = self.data
+        if fp_downcast_rounding not in (None, "rtne"):
+            raise NotModelled(f"the emulator does not know rounding by {fp_downcast_rounding!r}, only to nearest")
+        if bitcast:
+            return Value(self._bits_as(dtype), self.layout)
         if target == torch.float8_e4m3fn:
             data = data.float().clamp(-E4M3_LARGEST, E4M3_LARGEST)
         return Value(data.to(target), self.layout)
+
+    def _bits_as(self, dtype: Any) -> torch.Tensor:
+        have, want = self.dtype.primitive_bitwidth, dtype.primitive_bitwidth
+        if have != want:
+            raise bad_layout(f"a bitcast from {self.dtype} to {dtype}: {have} bits are not {want}")
+        return self.data.contiguous().view(torch_type(dtype))
 
     def __getitem__(self, index: Any) -> Value:
         """`x[:, None]`: a new dimension of one. The layout must be a SliceLayout along it, whose parent it becomes."""
@@ -91,7 +110,7 @@ class Value:
         layout = self.layout
         for axis in (axis for axis, i in enumerate(index) if i is None):
             layout = _unsliced(layout, axis)
-        return Value(self.data[index], layout)
+        return self.like(self.data[index], layout)
 
 
 class Pointer(Value):
@@ -112,9 +131,8 @@ class Pointer(Value):
     def __sub__(self, offset: Any) -> Pointer:
         return self + -offset
 
-    def __getitem__(self, index: Any) -> Pointer:
-        expanded = super().__getitem__(index)
-        return Pointer(self.memory, expanded.data, expanded.layout, self.name)
+    def like(self, data: torch.Tensor, layout: Any) -> Pointer:
+        return Pointer(self.memory, data, layout, self.name)
 
     def checked_offsets(self, mask: torch.Tensor, event: Event) -> torch.Tensor:
         """The offsets where the mask is set."""
@@ -167,6 +185,10 @@ def operands(*xs: Any) -> tuple[list[torch.Tensor], Any]:
     if len(ranks) > 1:
         shapes = " and ".join(str(value.shape) for value in values)
         raise bad_layout(f"shapes {shapes} differ in rank", "give both as many dimensions: x[:, None]")
+    for sizes in zip(*(value.shape for value in values if value.shape), strict=True):
+        if len(set(sizes) - {1}) > 1:
+            shapes = " and ".join(str(value.shape) for value in values)
+            raise bad_layout(f"shapes {shapes} do not broadcast", "a dimension must be the same, or 1")
     dtype = values[0].data.dtype
     for value in values[1:]:
         dtype = torch.promote_types(dtype, value.data.dtype)

@@ -11,6 +11,7 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
@@ -211,7 +212,7 @@ def product_kernel(
 @pytest.mark.parametrize(
     "arguments, report, message",
     [
-        ((gl.float16, 128, 64, 128, [8, 1], 128, gl.float32), BadLayout, "laid out for 8 warps, and 4 run this"),
+        ((gl.float16, 128, 64, 128, [8, 1], 128, gl.float32), BadLayout, "is for 8 warps, and 4 run this"),
         ((gl.float16, 64, 64, 128, [2, 2], 32, gl.float32), BadLayout, "a multiple of 4 along the rows"),
         ((gl.float16, 32, 64, 128, [4, 1], 32, gl.float32), BadLayout, "does not fit a product of 32 × 32"),
         ((gl.float16, 64, 64, 128, [4, 1], 48, gl.float32), BadLayout, r"\[16, 48, 16\] does not fit a product of 64"),
@@ -250,11 +251,17 @@ def unknown_kernel(x_ptr, WHAT: gl.constexpr):
     if WHAT == "name":
         gl.histogram(x, 16)
     elif WHAT == "method":
-        x.sum(0)
+        x.cumsum(0)
     elif WHAT == "argument":
         gl.load(x_ptr, volatile=True)
     elif WHAT == "operator":
         gl.store(x_ptr * 2, 0)
+    elif WHAT == "and":
+        gl.where((x > 0) and (x < 9), x, 0)
+    elif WHAT == "type":
+        x.to(gl.float8e5)
+    elif WHAT == "imported":
+        async_copy.wait_group(0)
     elif WHAT == "memory":
         gl.allocate_shared_memory(gl.float32, [16, 16], SHARED).gather(x, 0)
 
@@ -262,16 +269,23 @@ def unknown_kernel(x_ptr, WHAT: gl.constexpr):
 @pytest.mark.parametrize(
     "kernel, arguments, message",
     [
-        (unknown_kernel, ("name",), r"does not know gl\.histogram"),
-        (unknown_kernel, ("method",), r"no attribute 'sum'\n  test_language.py:\d+ in unknown_kernel: x\.sum\(0\)"),
+        (
+            unknown_kernel,
+            ("name",),
+            r"know gl\.histogram.*\n  test_language.py:\d+ in unknown_kernel: gl\.histogram\(x, 16\)",
+        ),
+        (unknown_kernel, ("method",), r"no attribute 'cumsum'\n  test_language.py:\d+ .*: x\.cumsum\(0\)"),
         (
             unknown_kernel,
             ("argument",),
             r"keyword argument 'volatile'\n.*gl\.load\(x_ptr, volatile=True\)",
         ),
-        (unknown_kernel, ("operator",), "does not know mul of pointers"),
+        (unknown_kernel, ("operator",), r"does not know mul of pointers.*\n.*gl\.store\(x_ptr \* 2, 0\)"),
+        (unknown_kernel, ("and",), r"does not know if, and, or, not of a tensor.*\n.*\(x > 0\) and \(x < 9\)"),
+        (unknown_kernel, ("type",), r"does not know the type fp8e5.*\n.*x\.to\(gl\.float8e5\)"),
+        (unknown_kernel, ("imported",), r"does not know async_copy\.wait_group.*\n.*async_copy\.wait_group\(0\)"),
         (unknown_kernel, ("memory",), "no attribute 'gather'"),
-        (aggregate_kernel, (), "does not know @aggregate, which makes Pair"),
+        (aggregate_kernel, (), r"does not know @aggregate, which makes Pair\n.*gl\.store\(x_ptr, Pair\("),
     ],
 )
 def test_what_is_not_modelled_is_named(kernel, arguments, message):

@@ -27,7 +27,7 @@ from kernels.emulator import (
 )
 from kernels.emulator.example import double_kernel
 from kernels.gluon_names import allocate_barriers, tma_load, tma_store
-from tests.emulator.kernels import ROW, SHARED, SUMS, SWIZZLED, TILE, rows
+from tests.emulator.kernels import SHARED, SUMS, SWIZZLED, TILE, rows
 
 
 @gluon.jit
@@ -106,28 +106,6 @@ def test_two_partitions_hand_a_tile_over_by_a_barrier_or_race_for_it():
         Race, match=r"on tile: (.|\n)*store to tile(.|\n)*write_part(.|\n)*load from tile(.|\n)*read_part"
     ):
         emulate(handover_kernel, (1,), False, 24)
-
-
-@gluon.jit
-def write_global(x_ptr):
-    gl.store(x_ptr + gl.arange(0, 128, ROW), 1.0)
-
-
-@gluon.jit
-def copy_global(x_ptr):
-    gl.store(x_ptr + 128 + gl.arange(0, 128, ROW), gl.load(x_ptr + gl.arange(0, 128, ROW)))
-
-
-@gluon.jit
-def global_race_kernel(x_ptr):
-    gl.warp_specialize([(write_global, (x_ptr,)), (copy_global, (x_ptr,))], [4], [24])
-
-
-def test_a_result_that_hangs_on_the_order_is_a_race():
-    """Any of the orders may show it, and not the last one alone."""
-    x = torch.zeros(256)
-    with pytest.raises(Race, match="x_ptr does not end as in the plain order, from element 128 on"):
-        emulate(global_race_kernel, (1,), x, explore=20)
 
 
 def test_every_order_begins_with_the_tensors_as_they_were():
