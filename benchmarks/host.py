@@ -70,16 +70,16 @@ empty_attention.register_autograd(lambda ctx, *grads: (None,) * 11, setup_contex
 def host_times(rounds: int = ROUNDS) -> dict[str, float]:
     """Microseconds of a call, the shortest of `rounds` in turns, by what is called."""
     q, k, v = (torch.zeros(SHAPE, dtype=torch.float16) for _ in range(3))
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    a, b, c = leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     numbers = (None, None, SHAPE[1], SHAPE[1], 0.1, -1, 0, 0.0)
     with no_launch():
-        out = flash_attention(*leaves, causal=True)[0]
+        out = flash_attention(a, b, c, causal=True)[0]
         calls: dict[str, Callable[[], object]] = {
             "empty custom_op": partial(empty_attention, q, k, v, *numbers),
             "empty custom_op, with grad": partial(empty_attention, *leaves, *numbers),
             "forward": partial(flash_attention, q, k, v, causal=True),
             "forward, descriptors": partial(_described, q, k, v),
-            "forward, with grad": partial(flash_attention, *leaves, causal=True),
+            "forward, with grad": partial(flash_attention, a, b, c, causal=True),
             "backward": partial(torch.autograd.grad, out, leaves, torch.zeros_like(out), retain_graph=True),
             "hopper": partial(hopper.attention, q, k, v, causal=True),
         }
