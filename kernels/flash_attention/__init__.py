@@ -2,7 +2,9 @@
 
 | file | content |
 |---|---|
-| `launch.py` | `flash_attention`: checked arguments, the torch operators, a launch for each kernel |
+| `launch.py` | `flash_attention`: checked arguments, the torch operators |
+| `call.py` | `Call`: what the kernels of one call share, a launch for each kernel |
+| `descriptors.py` | which calls load tiles by tensor descriptors (TMA), and why others take pointers |
 | `forward.py` | `forward_kernel` and its inner loop: algorithm 1 |
 | `backward.py` | `delta_kernel`, `backward_kv_kernel`, `backward_q_kernel`: algorithm 2 |
 | `../tiles.py` | what they share: offsets, loads and stores, masks, the softmax step |

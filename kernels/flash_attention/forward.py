@@ -44,14 +44,14 @@ def forward_kernel(
         return
     RAGGED: tl.constexpr = cu_seqlens_q is not None
     batch = 0 if RAGGED else batch  # a ragged batch lies in one: first_q and first_k locate its sequences
-    queries = place(q, q_strides, batch, first_q + start, head, TMA)
+    q_begin = place(q, q_strides, batch, first_q + start, head, TMA)
     k_begin = place(k, k_strides, batch, first_k, head // GROUP, TMA)  # K and V are read in place, never repeated
     v_begin = place(v, v_strides, batch, first_k, head // GROUP, TMA)
     out = locate(out, out_strides, batch, first_q + start, head)
     lse += batch * row_batch + head * row_head + first_q + start
 
     n_rows = seqlen_q - start
-    q_tile = load_rows(q, queries, 0, n_rows, BLOCK_Q, HEADDIM, BLOCK_D, False, TMA)
+    q_tile = load_rows(q, q_begin, 0, n_rows, BLOCK_Q, HEADDIM, BLOCK_D, False, TMA)
     positions = start + seqlen_k - seqlen_q + tl.arange(0, BLOCK_Q)  # the last query has the last key's position
     ACC: tl.constexpr = tl.float64 if q_tile.dtype == tl.float64 else tl.float32
     acc = tl.zeros((BLOCK_Q, BLOCK_D), ACC)
