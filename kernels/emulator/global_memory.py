@@ -49,6 +49,7 @@ class Touch:
     meeting: int = 0
 
     def overlaps(self, other: Touch) -> bool:
+        """Whether both touch an element in common."""
         if self.last < other.first or other.last < self.first:
             return False
         return bool(torch.isin(self.elements(), other.elements()).any())

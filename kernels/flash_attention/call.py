@@ -36,6 +36,7 @@ class Call:
         self.kind = tuning.Kind(shape[-1], q.dtype, right >= 0, left >= 0, self.ragged, length)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Launches the forward, which fills out and lse."""
         tma = not why_pointers(q, k, v)
         config = tuning.choice("forward", self.kind._replace(tma=True) if tma else self.kind)
         grid = (-(-self.seqlen_q // config.block_q), self.nheads, self.batch)
@@ -52,6 +53,7 @@ class Call:
         )  # fmt: skip
 
     def backward(self, q, k, v, out, lse, grad_out, grad_lse, grad_q, grad_k, grad_v) -> None:
+        """Launches δ, then dK and dV, then dQ, which fill the three gradients."""
         delta = torch.empty_like(lse)
         self._delta(out, grad_out, grad_lse, delta)
         tensors = (q, k, v, grad_out, lse, delta)

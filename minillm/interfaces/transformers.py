@@ -183,7 +183,9 @@ def _refuse(what: str, config: Any) -> NoReturn:
     """Raises ValueError with what was not accepted, and the fastest implementation that this model has."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-    models = [mapping[type(config)] for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING) if type(config) in mapping]
+    models = [
+        mapping[type(config)] for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING) if type(config) in mapping
+    ]
     instead = "sdpa" if models and all(getattr(model, "_supports_sdpa", False) for model in models) else "eager"
     raise ValueError(f"{what}. Take attn_implementation='{instead}'")
 
@@ -242,10 +244,15 @@ def _attend(
 def _check_mask(mask: Any, query: Tensor, key: Tensor, sliding_window: int | None, config: Any) -> None:
     """Raises ValueError where a layer's mask is not from `_describe_mask`, or not for these queries, keys and window."""
     if mask is None:
-        _refuse("attention_mask is None: this model does not ask for its mask, and padding could be attended to", config)
+        _refuse(
+            "attention_mask is None: this model does not ask for its mask, and padding could be attended to", config
+        )
     if not isinstance(mask, Mask):
         what = f"a {mask.dtype} tensor of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"{mask!r:.80}"
-        _refuse(f"attention_mask is {what}: this attention takes no mask of your own, only (batch, seqlen) of 0 and 1", config)
+        _refuse(
+            f"attention_mask is {what}: this attention takes no mask of your own, only (batch, seqlen) of 0 and 1",
+            config,
+        )
     if (mask.q_length, mask.kv_length) != (query.shape[2], key.shape[2]):
         _refuse(
             f"attention_mask is for {mask.q_length} queries and {mask.kv_length} keys, and this layer has "

@@ -12,7 +12,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 SIZES: dict[str, Any] = {  # whatever a family calls them
     **dict.fromkeys(("vocab_size", "n_vocab"), 97),
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "n_embed", "emb_dim", "embedding_size", "dim", "dim_model"), 64),
+    **dict.fromkeys(
+        ("hidden_size", "d_model", "n_embd", "n_embed", "emb_dim", "embedding_size", "dim", "dim_model"), 64
+    ),
     **dict.fromkeys(("word_embed_proj_dim", "d_embed", "cross_attention_hidden_size"), 64),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_inner", "dff", "dim_ff"), 96),
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "intermediate_size_mlp", "block_ff_dim"), 96),
@@ -37,8 +39,12 @@ SIZES: dict[str, Any] = {  # whatever a family calls them
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 16),
     **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size", "mamba_n_groups", "n_groups"), 4),
     **dict.fromkeys(("hidden_size_per_layer_input", "vocab_size_per_layer_input"), 16),
-    **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "resid_pdrop", "attn_pdrop", "embd_pdrop"), 0.0),
-    **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "hidden_dropout", "embedding_dropout"), 0.0),
+    **dict.fromkeys(
+        ("dropout", "attention_dropout", "activation_dropout", "resid_pdrop", "attn_pdrop", "embd_pdrop"), 0.0
+    ),
+    **dict.fromkeys(
+        ("hidden_dropout_prob", "attention_probs_dropout_prob", "hidden_dropout", "embedding_dropout"), 0.0
+    ),
     **dict.fromkeys(("initializer_range", "init_std"), 0.3),  # so that attention matters to the logits
     "pad_token_id": 0,
     "bos_token_id": 1,

@@ -65,7 +65,9 @@ class Outcome:
     calls: int = 0  # of our attention
 
     def __str__(self) -> str:
-        return f"{self.family}: {self.verdict}{f' ({self.why})' if self.why else ''}, {self.calls} calls of our attention"
+        return (
+            f"{self.family}: {self.verdict}{f' ({self.why})' if self.why else ''}, {self.calls} calls of our attention"
+        )
 
 
 def try_family(family: str, name: str) -> Outcome:
@@ -174,6 +176,8 @@ def figures(outcomes: list[Outcome]) -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    found = sweep(sys.argv[1:] or families(), register_with_transformers(backend="tiled"), lambda o: print(o, flush=True))
+    found = sweep(
+        sys.argv[1:] or families(), register_with_transformers(backend="tiled"), lambda o: print(o, flush=True)
+    )
     print(figures(found))
     sys.exit(any(outcome.verdict == "wrong" for outcome in found))
