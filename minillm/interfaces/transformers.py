@@ -217,8 +217,6 @@ def _attend(
     Returns:
         (batch, seqlen_q, nheads, headdim_v), 0 where a query is padding; and None for the probabilities.
     """
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    mask = Mask(query.shape[2], key.shape[2], causal=False) if attention_mask is None and not causal else attention_mask
     for argument, given in kwargs.items():
         if argument not in HARMLESS and given is not None and given is not False:
             raise ValueError(f"{argument} is not supported by this attention. Take attn_implementation='eager'")
@@ -227,7 +225,10 @@ def _attend(
             f"dropout is not supported by this attention, and this layer has {dropout}. Take model.eval(), "
             "attention_dropout=0 in the config, or attn_implementation='eager'"
         )
-    _check_mask(mask, query, key, sliding_window, getattr(module, "config", None))
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is None and not causal:
+        attention_mask = Mask(query.shape[2], key.shape[2], causal=False)
+    mask = _checked(attention_mask, query, key, sliding_window, getattr(module, "config", None))
     options: dict[str, Any] = dict(
         causal=mask.causal,
         softmax_scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -241,8 +242,8 @@ def _attend(
     return out[..., : value.shape[-1]], None
 
 
-def _check_mask(mask: Any, query: Tensor, key: Tensor, sliding_window: int | None, config: Any) -> None:
-    """Raises ValueError where a layer's mask is not from `_describe_mask`, or not for these queries, keys and window."""
+def _checked(mask: Any, query: Tensor, key: Tensor, sliding_window: int | None, config: Any) -> Mask:
+    """The mask; raises ValueError where it is not from `_describe_mask`, or not for these queries, keys and window."""
     if mask is None:
         _refuse(
             "attention_mask is None: this model does not ask for its mask, and padding could be attended to", config
@@ -263,6 +264,7 @@ def _check_mask(mask: Any, query: Tensor, key: Tensor, sliding_window: int | Non
         _refuse(f"attention_mask has batch {len(mask.real)}, and this layer has {len(query)}", config)
     if sliding_window is not None and sliding_window < key.shape[2] and sliding_window != mask.window:
         _refuse(f"sliding_window is {sliding_window}, and the mask of this layer has {mask.window}", config)
+    return mask
 
 
 def _without_padding(q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: dict[str, Any]) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -38,7 +37,9 @@ SIZES: dict[str, Any] = {  # whatever a family calls them
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "linear_num_value_heads", "linear_num_key_heads"), 4),
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 16),
     **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size", "mamba_n_groups", "n_groups"), 4),
-    **dict.fromkeys(("hidden_size_per_layer_input", "vocab_size_per_layer_input"), 16),
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 97,
+    "num_kv_shared_layers": 0,
     **dict.fromkeys(
         ("dropout", "attention_dropout", "activation_dropout", "resid_pdrop", "attn_pdrop", "embd_pdrop"), 0.0
     ),
@@ -53,8 +54,32 @@ SIZES: dict[str, Any] = {  # whatever a family calls them
     "use_sliding_window": True,
     "use_mamba_kernels": False,
 }
-OWN: dict[str, dict[str, Any]] = {}
-LARGEST = 3_000_000  # parameters: what is larger is not tiny, and takes seconds
+MAMBA = dict(mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=1)  # twice the hidden size
+OWN: dict[str, dict[str, Any]] = {  # what the rule for all families does not find
+    "bamba": MAMBA | dict(attn_layer_indices=[1]),
+    "dots3_note_text": dict(num_key_value_heads=4),
+    "dbrx": dict(
+        attn_config=dict(kv_n_heads=2, rope_theta=1e4, clip_qkv=8.0),
+        ffn_config=dict(ffn_hidden_size=96, moe_num_experts=4, moe_top_k=2),
+    ),
+    "falcon_h1": MAMBA | dict(mamba_d_ssm=128),
+    "gemma3n_text": dict(
+        layer_types=["sliding_attention", "full_attention"],
+        intermediate_size=[96, 96],
+        activation_sparsity_pattern=[0.0, 0.0],
+    ),
+    "gpt_neo": dict(attention_types=[[["global", "local"], 1]], window_size=5),
+    "granitemoehybrid": MAMBA | dict(layer_types=["mamba", "attention"]),
+    "hrm_text": dict(initializer_range=0.02),  # its layers run again and again: larger weights are chaos
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1, mamba_dt_rank=4),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
+    "mamba2": dict(num_heads=8, head_dim=16, n_groups=1),
+    "reformer": dict(axial_pos_embds_dim=(32, 32), axial_pos_shape=(4, 5), is_decoder=True),
+    "recurrent_gemma": dict(block_types=["recurrent", "attention"], attention_window_size=5, lru_width=64),
+    "xmod": dict(default_language="en_XX"),
+    "zaya": dict(num_experts_per_tok=1),
+}
+LARGEST = 20_000_000  # parameters: what is larger is not tiny, and takes seconds
 
 
 def families() -> list[str]:
@@ -70,9 +95,11 @@ def tiny_config(family: str) -> Any:
 
 def _shrink(kind: Any, own: dict[str, Any]) -> Any:
     default = kind()
-    names = {*vars(default), *getattr(kind, "attribute_map", {})}
-    settable = {name for name in names if not isinstance(getattr(kind, name, None), property)}
-    sizes = {name: size for name, size in SIZES.items() if name in settable and name not in kind.attribute_map}
+    other_names = getattr(kind, "attribute_map", {})
+    names = {*vars(default), *other_names}
+    settable = {name for name in names if not isinstance(getattr(kind, other_names.get(name, name), None), property)}
+    sizes = {name: size for name, size in SIZES.items() if name in settable - {*other_names}}
+    sizes = {name: size for name, size in sizes.items() if vars(default).get(name) != size}
     if "kv_lora_rank" in names:  # DeepSeek's latent attention: every head has its keys, and RoPE turns a part of each
         sizes |= {name: size for name, size in dict(num_key_value_heads=4, head_dim=8).items() if name in sizes}
     layers = list(dict.fromkeys(getattr(default, "layer_types", None) or ()))
@@ -83,7 +110,7 @@ def _shrink(kind: Any, own: dict[str, Any]) -> Any:
                 sizes[name] = len(sizes["layer_types"])
     for name, sub in vars(default).items():
         if isinstance(sub, transformers.PreTrainedConfig):
-            sizes[name] = _shrink(type(sub), {}).to_dict()
+            sizes[name] = _shrink(type(sub), OWN.get(sub.model_type, {})).to_dict()
     return kind(**(sizes | own))
 
 

@@ -9,7 +9,8 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,24 +91,20 @@ def try_family(family: str, name: str) -> Outcome:
     return Outcome(family, "right", "", len(calls))
 
 
-class counted:  # noqa: N801
-    """A context in which the calls of a registered attention are noted."""
+@contextmanager
+def counted(name: str) -> Iterator[list[str]]:
+    """The calls of a registered attention are noted in the list."""
+    attention, calls = transformers.AttentionInterface()[name], []
 
-    def __init__(self, name: str):
-        self.name, self.attention = name, transformers.AttentionInterface()[name]
+    def note(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return attention(*args, **kwargs)
 
-    def __enter__(self) -> list[str]:
-        calls: list[str] = []
-
-        def note(*args: Any, **kwargs: Any) -> Any:
-            calls.append(self.name)
-            return self.attention(*args, **kwargs)
-
-        transformers.AttentionInterface.register(self.name, note)
-        return calls
-
-    def __exit__(self, *error: Any) -> None:
-        transformers.AttentionInterface.register(self.name, self.attention)
+    transformers.AttentionInterface.register(name, note)
+    try:
+        yield calls
+    finally:
+        transformers.AttentionInterface.register(name, attention)
 
 
 @torch.no_grad()
@@ -130,19 +127,22 @@ def _expected(config: Any) -> dict[str, tuple[Tensor, Tensor]]:
 @torch.no_grad()
 def _judge(run: Callable[[Any], Tensor], ours: Any, config: Any, eager: Tensor, other: Tensor) -> tuple[str, str]:
     try:
-        budget = _budget(run(ours), eager, other)
+        budget = budget_of(run(ours), eager, other)
     except ValueError as error:
         instead = re.search(r"attn_implementation='(\w+)'", str(error))
         if not instead:
             return "wrong", f"the refusal names no other implementation: {error}"
-        cure = _budget(run(build(config, instead[1])), eager, other)
+        try:
+            cure = budget_of(run(build(config, instead[1])), eager, other)
+        except Exception as failure:
+            return "wrong", f"{instead[1]} is named, and does not run: {failure}"
         return ("refused", str(error)) if cure else ("wrong", f"{instead[1]} is named, and wrong: {cure}")
     except Exception as error:
         return "wrong", f"{type(error).__name__}: {error}"
     return ("right", "") if budget else ("wrong", str(budget))
 
 
-def _budget(ours: Tensor, eager: Tensor, other: Tensor) -> Budget:
+def budget_of(ours: Tensor, eager: Tensor, other: Tensor) -> Budget:
     """What the family's own two implementations are apart, or what fp32 leaves of two layers of random weights.
 
     The family cannot run in float64: its mask of eager attention is NaN there, its experts know fp32 only.
@@ -167,10 +167,11 @@ def sweep(names: Iterable[str], name: str, show: Callable[[Outcome], None] = lam
 def figures(outcomes: list[Outcome]) -> str:
     """Tried, right, refused, wrong, in a line."""
     count = Counter(outcome.verdict for outcome in outcomes)
-    reached = sum(outcome.verdict == "right" and outcome.calls > 0 for outcome in outcomes)
+    ours = sum(outcome.verdict == "right" and outcome.calls > 0 for outcome in outcomes)
     return (
-        f"{len(outcomes) - count['not built']} families tried: {count['right']} right ({reached} through our attention, "
-        f"the others have only their own), {count['refused']} refused, {count['wrong']} wrong; {count['not built']} not built"
+        f"{len(outcomes) - count['not built']} families tried: {count['right']} right ({ours} through our attention, "
+        f"{count['right'] - ours} have only their own), {count['refused']} refused, {count['wrong']} wrong; "
+        f"{count['not built']} not built"
     )
 
 
