@@ -79,13 +79,14 @@ def from_transformers(hf_model: PreTrainedModel, *, max_position_embeddings: int
     assert theirs is not None
     embedding, head = hf_model.get_input_embeddings(), hf_model.get_output_embeddings()
     if head is None:
+        raise ValueError(f"hf_model is a {type(hf_model).__name__}, MiniLLM wants the class that ends in ForCausalLM")
+    if hf_model.training and theirs.attention_dropout:
         raise ValueError(
-            f"hf_model is a {type(hf_model).__name__}, MiniLLM wants the one for causal language modelling"
+            f"hf_model has attention_dropout {theirs.attention_dropout} and is in training mode, MiniLLM has no "
+            "dropout: call hf_model.eval() before"
         )
-    # transformers leaves them apart where a file has two matrices that differ, whatever its config says
-    tied = head.weight is embedding.weight or (
-        theirs.tie_word_embeddings and torch.equal(head.weight, embedding.weight)
-    )
+    # transformers keeps both where a file has two matrices that differ, whatever its config says
+    tied = theirs.tie_word_embeddings and torch.equal(head.weight, embedding.weight)
     rope = read_rope(theirs.rope_parameters, theirs.max_position_embeddings)
     limit = max_position_embeddings or max(theirs.max_position_embeddings, stretched_length(rope["rope_scaling"]))
     config = ModelConfig(
@@ -229,7 +230,7 @@ def stretched_length(scaling: RopeScaling | None) -> int:
 
 
 def read_window(theirs: PretrainedConfig) -> dict[str, Any]:
-    """The fields sliding_window and layer_types of `ModelConfig`: a Llama has no window, and all layers of a Mistral."""
+    """The fields sliding_window and layer_types of `ModelConfig`: none in a Llama, one for all in a Mistral."""
     window = None if theirs.model_type == "llama" else theirs.sliding_window
     if window is None or theirs.model_type == "mistral":
         return {"sliding_window": window}

@@ -103,7 +103,8 @@ class Decoder:
     @property
     def nbytes(self) -> int:
         """Bytes of the matrices that a step reads."""
-        matrices = [matrix for layer in (*self._layers, (self._head,)) for matrix in layer]
+        layers = [(layer.qkv, layer.o, layer.gate_up, layer.down) for layer in self._layers]
+        matrices: list[Matrix] = [*(matrix for layer in layers for matrix in layer), self._head]
         parts = [part for matrix in matrices for part in (matrix if isinstance(matrix, tuple) else (matrix,))]
         return sum(part.nbytes for part in parts)
 

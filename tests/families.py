@@ -52,7 +52,7 @@ FAMILIES = {
     "qwen2, windows": ("Qwen2", WINDOW | {"max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
     "qwen3, windows": ("Qwen3", WINDOW | {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]}),
-    "qwen3, all windows, yarn": ("Qwen3", WINDOW | {"head_dim": 16, "max_window_layers": 0} | rope("yarn", **STRETCHED)),
+    "qwen3, all windows": ("Qwen3", WINDOW | {"head_dim": 16, "max_window_layers": 0} | rope("linear")),
 }
 
 
@@ -70,8 +70,18 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 
 def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A copy in another precision, with the frequencies of RoPE in fp32, as `from_pretrained(…, dtype=…)` has them."""
+    """A copy in another precision, with the frequencies of RoPE in fp32, as `from_pretrained(…, dtype=…)` has them.
+
+    Those of transformers' norms that would compute in fp32 even in a float64 model are made to compute in float64.
+    """
     model = copy.deepcopy(model).to(dtype)
+    if dtype == torch.float64:
+        for module in list(model.modules()):
+            for name, norm in module.named_children():
+                if name.endswith("norm"):
+                    exact = torch.nn.RMSNorm(len(norm.weight), eps=norm.variance_epsilon)
+                    exact.weight = norm.weight
+                    setattr(module, name, exact)
     forget_lengths(model)
     return model
 

@@ -43,6 +43,7 @@ FILES = {
     "test_docstrings.py": ALL,
     "test_doctor.py": ("lesson00",),
     "test_examples.py": ALL,
+    "test_families.py": ("lesson04",),
     "test_generate.py": ("lesson04",),
     "test_house.py": ALL,
     "test_lessons.py": ALL,

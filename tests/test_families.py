@@ -63,10 +63,8 @@ def check_decoder(name, dtype=torch.float32, steps=8):
             ids[row, place], mask[row, place] = rows[row][0, :prompt], True
         cache, decoder = KVCache(ours.config, 3, capacity=8, dtype=dtype), Decoder(ours)
         padded = ours(ids, cache, token_mask=mask)
-        stepped = [
-            decoder.step(torch.stack([rows[row][0, prompt + step] for row, prompt in enumerate(prompts)]), cache).clone()
-            for step in range(steps)
-        ]
+        new = torch.stack([row[0, prompt:] for row, prompt in zip(rows, prompts, strict=True)], 1)  # (steps, rows)
+        stepped = [decoder.step(token_ids, cache).clone() for token_ids in new]
         for row, prompt in enumerate(prompts):
             calls = calls_of(name, prompt, *[1] * steps)
             mine = torch.cat([padded[row, mask[row]], torch.stack([step[row] for step in stepped])])[None]
