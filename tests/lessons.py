@@ -38,6 +38,7 @@ FILES = {
     "test_colab.py": ALL,
     "test_containers.py": ALL,
     "test_continuous_integration.py": ALL,
+    "test_conversion.py": ("lesson04",),
     "test_corpus.py": ("lesson01",),
     "test_decode_results.py": ("lesson04",),
     "test_docstrings.py": ALL,
