@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from minillm.attention.inputs import own_precision
 from minillm.cache import KVCache
-from minillm.model import Block, MiniLLM
+from minillm.cache.contiguous import NextSlots
+from minillm.model import Block, MiniLLM, SelfAttention
 from minillm.rope import rotary_tables
 
 Weights = Literal["same", "int8"]
@@ -38,12 +39,15 @@ def without_autocast(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class PackedLayer(NamedTuple):
-    """A block's four matrices, as a step walks over them."""
+    """A block's four matrices, as a step walks over them, and what some models add to q, k and v."""
 
     qkv: Matrix
     o: Matrix
     gate_up: Matrix
     down: Matrix
+    qkv_bias: Tensor | None
+    qk_norm: Tensor | None  # (heads of q and of k, head_dim)
+    windowed: bool
 
 
 class Decoder:
@@ -94,16 +98,27 @@ class Decoder:
         if len(token_ids) != self.batch_size:
             self._make_buffers(len(token_ids))
         slots = kv_cache.next_slots()
+        if kv_cache.capacity > len(self._turn):
+            self._make_rotations(kv_cache.capacity)
+        first_seen, window_mask = self._window(slots)
         turn, sin = self._turn[slots.positions], self._sin[slots.positions]
         x, qkv, turned, gate, up = self._x, self._qkv, self._turned, self._gate, self._up
         torch.index_select(self._embedding, 0, token_ids, out=x)
         for layer, weights in enumerate(self._layers):
             self._normed(weights.qkv, out=qkv)
+            if weights.qkv_bias is not None:
+                qkv.add_(weights.qkv_bias)
+            if weights.qk_norm is not None:
+                normed = F.rms_norm(self._qk, self._qk.shape[-1:], eps=self.config.rms_norm_eps)
+                torch.mul(normed, weights.qk_norm, out=self._qk)
             torch.mul(self._heads, turn, out=turned)  # q, k by the cosine, v by 1
             self._turned_first.addcmul_(self._second, sin, value=-1)
             self._turned_second.addcmul_(self._first, sin)
             slots.write(layer, self._new_kv)
-            out = F.scaled_dot_product_attention(self._q, slots.keys[layer], slots.values[layer], slots.mask)
+            keys, values, mask = slots.keys[layer], slots.values[layer], slots.mask
+            if weights.windowed:
+                keys, values, mask = keys[:, :, first_seen:], values[:, :, first_seen:], window_mask
+            out = F.scaled_dot_product_attention(self._q, keys, values, mask)
             add_product(x, out.reshape(self.batch_size, -1), weights.o)
             self._normed(weights.gate_up, out=self._gate_up)
             add_product(x, F.silu(gate, inplace=True).mul_(up), weights.down)
@@ -113,7 +128,8 @@ class Decoder:
     @property
     def nbytes(self) -> int:
         """Bytes of the matrices that a step reads."""
-        matrices = [matrix for layer in (*self._layers, (self._head,)) for matrix in layer]
+        layers = [(layer.qkv, layer.o, layer.gate_up, layer.down) for layer in self._layers]
+        matrices: list[Matrix] = [*(matrix for layer in layers for matrix in layer), self._head]
         parts = [part for matrix in matrices for part in (matrix if isinstance(matrix, tuple) else (matrix,))]
         return sum(part.nbytes for part in parts)
 
@@ -137,20 +153,46 @@ class Decoder:
                 pack(block.self_attn.o_proj.weight),
                 join(block.post_attention_layernorm, block.mlp.gate_proj, block.mlp.up_proj),
                 pack(block.mlp.down_proj.weight),
+                self._qkv_bias(block.self_attn),
+                self._qk_norm(block.self_attn),
+                block.self_attn.window is not None,
             )
             for block in cast("list[Block]", model.layers)
         ]
         self._head = join(model.norm, model.lm_head)
         self._embedding = model.embed_tokens.weight.detach().clone()
-        heads, heads_k = self.config.num_attention_heads, self.config.num_key_value_heads
-        positions = torch.arange(self.config.max_position_embeddings, device=self._embedding.device)
-        cos, sin = (
-            table[:, None].to(self._embedding.dtype)
-            for table in rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
-        )
-        turned = torch.cat((cos, cos), -1).expand(-1, heads + heads_k, -1)
-        self._turn = torch.cat((turned, torch.ones_like(turned[:, :heads_k])), 1)  # (position, head, head_dim)
+        self._make_rotations(min(self.config.max_position_embeddings, 1024))
+
+    def _qkv_bias(self, attention: SelfAttention) -> Tensor | None:
+        if not self.config.attention_bias:
+            return None
+        return torch.cat([cast("Tensor", getattr(attention, f"{name}_proj").bias) for name in "qkv"])
+
+    def _qk_norm(self, attention: SelfAttention) -> Tensor | None:
+        if not self.config.qk_norm:
+            return None
+        q, k = cast("Tensor", attention.q_norm.weight), cast("Tensor", attention.k_norm.weight)
+        counts = self.config.num_attention_heads, self.config.num_key_value_heads
+        return torch.cat([weight.expand(count, -1) for weight, count in zip((q, k), counts, strict=True)])
+
+    def _make_rotations(self, count: int) -> None:
+        """The rotation of each position below `count`, laid out as q, k and v are."""
+        config, heads_k = self.config, self.config.num_key_value_heads
+        positions = torch.arange(count, device=self._embedding.device)
+        lengths = positions + 1  # the token of a step is the last one of its row
+        tables = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling, lengths)
+        cos, sin = (table[:, None].to(self._embedding.dtype) for table in tables)
+        turned = torch.cat((cos, cos), -1).expand(-1, config.num_attention_heads + heads_k, -1)
         self._sin = sin.contiguous()  # (position, 1, head_dim / 2)
+        self._turn = torch.cat((turned, torch.ones_like(turned[:, :heads_k])), 1)  # (position, head, head_dim)
+
+    def _window(self, slots: NextSlots) -> tuple[int, Tensor | None]:
+        """What a layer with a window sees: the first slot, and a mask of those from there on (None: all)."""
+        window, slot_count = self.config.sliding_window, slots.keys[0].shape[2]
+        if window is None or slots.mask is None or isinstance(slots.positions, slice):
+            return max(0, slot_count - (window or slot_count)), slots.mask
+        oldest = (slots.positions + 1 - window)[:, None, None, None]
+        return 0, slots.mask & (torch.arange(slot_count, device=oldest.device) >= oldest)
 
     def _make_buffers(self, batch_size: int) -> None:
         """The results of a step, and the views of them that it needs: made once, for a view costs an operator."""
@@ -168,7 +210,8 @@ class Decoder:
         self._gate, self._up = self._gate_up.chunk(2, -1)
         self._qkv, self._turned = buffer((heads + 2 * heads_k) * d), buffer(heads + 2 * heads_k, d)
         self._heads = self._qkv.view(self._turned.shape)
-        self._first, self._second = self._heads[:, : heads + heads_k].chunk(2, -1)
+        self._qk = self._heads[:, : heads + heads_k]
+        self._first, self._second = self._qk.chunk(2, -1)
         self._turned_first, self._turned_second = self._turned[:, : heads + heads_k].chunk(2, -1)
         # The query heads that share a KV head are the rows of one matrix, as in `attention.online.to_rows`.
         self._q = self._turned[:, :heads].unflatten(1, (heads_k, -1))

@@ -26,7 +26,9 @@ class MiniLLM(nn.Module):
         config: the model's shape.
 
     Source:
-        Llama (Touvron et al., arXiv 2302.13971), section 2.2; grouped queries from arXiv 2305.13245.
+        Llama (Touvron et al., arXiv 2302.13971), section 2.2; grouped queries from arXiv 2305.13245. The options:
+        Mistral 7B (arXiv 2310.06825), section 2, sliding window; Qwen2 (arXiv 2407.10671), section 2.2, biases of
+        q, k and v; Qwen3 (arXiv 2505.09388), section 2, norms of q and k; the scalings of RoPE in `minillm.rope`.
 
     Example:
         >>> model = MiniLLM(ModelConfig.small())
@@ -107,7 +109,7 @@ class MiniLLM(nn.Module):
     ) -> Tensor:
         """The residual stream after all layers; the arguments are those of `Step`."""
         past = [0] * len(input_ids) if kv_cache is None else kv_cache.lengths
-        x, cos, sin = self._embed(input_ids, past)
+        x, cos, sin = self._embed(input_ids, past, counts)
         step = Step(cos, sin, options, kv_cache, counts, len(self.layers) - 1 if last_token_only else None)
         try:
             for layer in self.layers:
@@ -138,11 +140,17 @@ class MiniLLM(nn.Module):
             x = layer(x, step)
         return inputs
 
-    def _embed(self, input_ids: Tensor, past: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def _embed(
+        self, input_ids: Tensor, past: list[int], counts: list[int] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The embedded tokens, and the rotation of each one's position: its row's past, and on from there."""
-        starts = torch.tensor(past[:1] if len(set(past)) == 1 else past, device=input_ids.device)
-        positions = starts[:, None] + torch.arange(input_ids.shape[1], device=input_ids.device)
-        cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
+        new = [input_ids.shape[1]] * len(past) if counts is None else counts
+        rows = [(start, start + count) for start, count in zip(past, new, strict=True)]
+        rows = rows[:1] if len(set(rows)) == 1 else rows
+        starts, lengths = torch.tensor(rows, device=input_ids.device).view(-1, 2, 1).unbind(1)  # (rows, 1) each
+        positions = starts + torch.arange(input_ids.shape[1], device=input_ids.device)
+        config = self.config
+        cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling, lengths)
         return self.embed_tokens(input_ids), cos, sin
 
     def _check(
@@ -196,17 +204,25 @@ class Step:
     counts: list[int] | None = None
     trimmed_layer: int | None = None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer_idx: int) -> Tensor:
-        """Causal attention of the new tokens to themselves and to what the cache's layer holds, which takes them in."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer_idx: int, window: int | None = None) -> Tensor:
+        """Causal attention of the new tokens to themselves and to what the cache's layer holds, which takes them in.
+
+        Args:
+            q, k, v: (batch, seqlen, heads, headdim), of the new tokens.
+            layer_idx: the cache's layer.
+            window: tokens that a query sees, itself included; None for all before it.
+        """
+        left = -1 if window is None else window - 1  # flash-attn's window counts the keys beside the query's position
+        options = self.options | {"causal": True, "window_size": (left, -1)}
         if self.kv_cache is None:
-            return attend(q, Keys(k, v), causal=True, **self.options)
+            return attend(q, Keys(k, v), **options)
         keys = self.kv_cache.append(k, v, layer_idx, self.counts)
         if self.counts is None:
-            return attend(q, keys, causal=True, **self.options)
+            return attend(q, keys, **options)
         real = torch.arange(q.shape[1], device=q.device) < torch.tensor(self.counts, device=q.device)[:, None]
         cu_seqlens_q = cu_seqlens_of(self.counts, q.device)
         out = torch.zeros_like(q)
-        out[real] = attend(q[real], keys, causal=True, cu_seqlens_q=cu_seqlens_q, **self.options)
+        out[real] = attend(q[real], keys, cu_seqlens_q=cu_seqlens_q, **options)
         return out
 
     def trim(self, x: Tensor, layer_idx: int) -> Tensor:
@@ -237,17 +253,20 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
+        self.window = config.window(layer_idx)
         query_width = config.num_attention_heads * config.head_dim
         key_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         q, k, v = self.project(x, step.cos, step.sin)
         q = step.trim(q, self.layer_idx)  # keys and values of all tokens are still needed
-        out = step.attend(q, k, v, self.layer_idx)  # (batch, seqlen, nheads, headdim)
+        out = step.attend(q, k, v, self.layer_idx, self.window)  # (batch, seqlen, nheads, headdim)
         return self.o_proj(out.flatten(-2))
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -256,7 +275,7 @@ class SelfAttention(nn.Module):
         q = self.q_proj(x).unflatten(-1, heads)  # (batch, seqlen, nheads, headdim)
         k = self.k_proj(x).unflatten(-1, heads)  # (batch, seqlen, nheads_k, headdim)
         v = self.v_proj(x).unflatten(-1, heads)
-        return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+        return apply_rope(self.q_norm(q), cos, sin), apply_rope(self.k_norm(k), cos, sin), v
 
 
 class SwiGLU(nn.Module):
@@ -275,3 +294,5 @@ class SwiGLU(nn.Module):
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

@@ -65,8 +65,21 @@ def test_weights_come_back_from_transformers_unchanged():
     "changes, message",
     [
         (dict(attention_bias=True), "attention_bias True"),
+        (dict(mlp_bias=True), "mlp_bias True"),
         (dict(hidden_act="gelu"), "hidden_act 'gelu'"),
-        (dict(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), "rope_type 'linear'"),
+        (
+            dict(
+                rope_parameters={
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0] * 8,
+                    "long_factor": [2.0] * 8,
+                    "original_max_position_embeddings": 64,
+                    "factor": 2.0,
+                }
+            ),
+            "rope_type 'longrope'",
+        ),
     ],
 )
 def test_a_llama_that_we_cannot_be_is_refused_by_name(changes, message):
