@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import timing
 from benchmarks.attention import LOOPS, able, compare
+from benchmarks.correctness import memory_full_of_nan
 from benchmarks.machine import Machine
 
 LAUNCH, FLUSH = 2e-6, 1e-4  # seconds of the host, and of the GPU
@@ -126,3 +127,9 @@ def test_a_peer_that_fails_keeps_its_reason_and_ours_raises():
 
 def test_time_is_what_the_host_reads_on_a_cpu():
     assert timing.on_cpu({"a": lambda: time.sleep(0.01)})["a"].median >= 10
+
+
+def test_an_element_that_a_kernel_leaves_out_is_nan_in_a_check():
+    with memory_full_of_nan():
+        assert torch.empty(3, dtype=torch.float16).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
