@@ -280,7 +280,7 @@ def test_a_text_ends_where_its_model_ends_texts():
     assert TextGenerator(foreign).stop_tokens == tuple(getattr(foreign.config, "eos_token_ids", ())) == ()
     assert TextGenerator(foreign, Tokenizer(models.BPE())).stop_tokens == ()
     generator = TextGenerator(foreign)
-    generator.model.config = SimpleNamespace(**vars(foreign.config), eos_token_ids=(7, 9))
+    generator.model.config = SimpleNamespace(**vars(foreign.config) | {"eos_token_ids": (7, 9)})
     assert generator.stop_tokens == (7, 9)
 
 
