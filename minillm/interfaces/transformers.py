@@ -17,10 +17,10 @@ HARMLESS = {  # what transformers' layers pass on, and what changes nothing here
     "cache_position",
     "deterministic",
     "logits_to_keep",
+    "mm_token_type_ids",
     "num_items_in_batch",
     "output_hidden_states",
     "output_router_logits",
-    "position_embeddings",
     "position_ids",
     "return_dict",
     "token_type_ids",
@@ -35,6 +35,7 @@ def register_with_transformers(name: str = "minillm", backend: str = "auto") -> 
     with or without padding. What else a model asks for raises a ValueError in its forward, which names it and an
     implementation that the model has: attention in chunks, packed sequences, blocks that see each other, a mask of
     your own, a static cache, attention sinks, biases, dropout, and models that add the mask to the scores themselves.
+    A family that has its own attention only, and looks it up by name (Falcon, GPT-J), ends in transformers' KeyError.
 
     Args:
         name: to register; registering again replaces it.

@@ -1,6 +1,6 @@
 """Our attention inside the families that people load, and inside those that once went wrong without a word.
 
-All families: `python -m tests.peers.sweep`.
+All families: `python -m tests.peers.sweep`, half a minute.
 """
 
 from dataclasses import replace
@@ -40,7 +40,7 @@ REFUSED = {  # and what the refusal names
     "doge": "computes with its mask itself",
     "gpt_oss": "s_aux",
     "inkling_text": "position_bias",
-    "falcon": "transformers, at loading",
+    "git": "computes with its mask itself",
 }
 
 
