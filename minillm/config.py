@@ -182,6 +182,8 @@ class RopeScaling:
 
     Args:
         rope_type: "linear", "dynamic", "llama3" or "yarn"; `minillm.rope` has the formula and the source of each.
+            "dynamic" turns all tokens of a call by the text's length at that call; keys in a cache keep the angles of
+            theirs, as in transformers, so that beyond the original length logits depend on where a text was cut.
         factor: how many times as long a text becomes.
         original_max_position_embeddings: the longest text of the first training; "linear" has no use for it.
         low_freq_factor, high_freq_factor: "llama3": pairs that turn fewer times than the first within an original text

@@ -53,6 +53,8 @@ class PackedLayer(NamedTuple):
 class Decoder:
     """Next-token logits, one token a row at a time, equal to those of `model(input_ids, kv_cache=…)`.
 
+    It does whatever the model's configuration asks for: windows, biases, norms of q and k, and every scaling of RoPE.
+
     Args:
         model: its weights are copied, packed for the step; later changes of the model have no effect.
         weights: "same" keeps the model's dtype; "int8" stores each matrix in 8 bits with a scale for each output

@@ -144,12 +144,11 @@ class MiniLLM(nn.Module):
         self, input_ids: Tensor, past: list[int], counts: list[int] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The embedded tokens, and the rotation of each one's position: its row's past, and on from there."""
-        seqlen, device = input_ids.shape[1], input_ids.device
-        starts = torch.tensor(past[:1] if len(set(past)) == 1 else past, device=device)[:, None]
-        positions = starts + torch.arange(seqlen, device=device)
-        lengths = starts + (seqlen if counts is None else torch.tensor(counts, device=device)[:, None])
+        starts = torch.tensor(past[:1] if len(set(past)) == 1 else past, device=input_ids.device)[:, None]
+        positions = starts + torch.arange(input_ids.shape[1], device=input_ids.device)
+        new = input_ids.shape[1] if counts is None else torch.tensor(counts, device=input_ids.device)[:, None]
         config = self.config
-        cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling, lengths)
+        cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling, starts + new)
         return self.embed_tokens(input_ids), cos, sin
 
     def _check(

@@ -36,6 +36,8 @@ def check_logits(name, dtype=torch.float32, backends=BACKENDS):
     expected = answers(theirs, ids), answers(in_dtype(theirs, torch.float64), ids)
     for options in backends:
         assert_within_budget(ours(ids, **options), *expected, multiple=8)
+        last = ours(ids, last_token_only=True, **options)
+        assert_within_budget(last, *(logits[:, -1:] for logits in expected), multiple=8)
 
 
 def check_every_cut(name):

@@ -129,11 +129,9 @@ def test_every_history_gives_the_logits_of_the_whole_rows(record_property):
 
 def off_by_one_after_an_append(monkeypatch):
     embed = MiniLLM._embed
-
-    def wrong(self, ids, past, *rest):
-        return embed(self, ids, [p + (p > 0) for p in past], *rest)
-
-    monkeypatch.setattr(MiniLLM, "_embed", wrong)
+    monkeypatch.setattr(
+        MiniLLM, "_embed", lambda self, ids, past, *counts: embed(self, ids, [p + (p > 0) for p in past], *counts)
+    )
 
 
 def a_stale_mask_on_a_fork(monkeypatch):
