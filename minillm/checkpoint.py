@@ -269,6 +269,8 @@ def family_of(config: ModelConfig) -> str:
 def check_weights(weights: dict[str, torch.Tensor], model: MiniLLM) -> None:
     """Raises ValueError where weights of transformers are not all that the model has, or are of several dtypes."""
     dtypes = {weight.dtype for weight in weights.values()}
+    if quantised := [dtype for dtype in dtypes if not dtype.is_floating_point]:
+        raise ValueError(f"hf_model has weights in {quantised[0]}: load it without a quantization_config")
     if len(dtypes) > 1:
         names = ", ".join(sorted(map(str, dtypes)))
         raise ValueError(f"hf_model has weights in {names}: give all one dtype, as hf_model.to(torch.float32) does")

@@ -90,6 +90,13 @@ def test_weights_of_several_dtypes_are_refused_and_the_cure_works():
     assert from_transformers(theirs.to(torch.float32)).norm.weight.dtype == torch.float32
 
 
+def test_quantised_weights_are_refused():
+    theirs = build("llama")
+    theirs.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(48, dtype=torch.uint8), False)
+    with pytest.raises(ValueError, match="weights in torch.uint8: load it without a quantization_config"):
+        from_transformers(theirs)
+
+
 def test_weights_beside_those_of_the_family_are_refused():
     theirs = build("llama")
     theirs.model.layers[0].self_attn.q_proj.lora_A = torch.nn.Linear(64, 2, bias=False)
