@@ -208,10 +208,11 @@ def _no_tiles(q: Tensor, keys: Keys, options: Options) -> str | None:
 
 def _one_by_one(q: Tensor, keys: Keys, options: Options) -> str | None:
     """A launch for each sequence is slow where the Triton kernel has one launch for all of them."""
+    if keys.dense and options.cu_seqlens_q is None:
+        return None
     kernel = BACKENDS["triton"]
     one_launch = kernel.why_not(q, keys, options) is None and kernel.slow(q, keys, options) is None
-    dense = keys.dense and options.cu_seqlens_q is None
-    return "would take the sequences one by one" if one_launch and not dense else None
+    return "would take the sequences one by one" if one_launch else None
 
 
 BACKENDS = {

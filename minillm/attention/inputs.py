@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from itertools import pairwise
 from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from minillm.attention.keys import Keys, Options
+from minillm.attention.keys import Keys, Options, longest
 
 # Whether the numbers in cu_seqlens, cache_seqlens and block_table are read and checked on a GPU too. Each call then
 # waits for the GPU, so it is off: switch it on to find out which call has numbers that do not fit.
@@ -129,10 +128,10 @@ def _check_ragged(q: Tensor, keys: Keys, options: Options) -> None:
 def _check_bounds(name: str, bounds: list[int], max_seqlen: int | None, of: str, rows: int) -> None:
     if not bounds or bounds[0] != 0 or bounds[-1] != rows or bounds != sorted(bounds):
         raise ValueError(f"{name} is {bounds}, wants to rise from 0 to the {rows} rows of {of}")
-    most = max((stop - start for start, stop in pairwise(bounds)), default=0)
-    if max_seqlen is not None and most > max_seqlen:
+    if max_seqlen is not None and longest(bounds) > max_seqlen:
         raise ValueError(
-            f"max_seqlen_{of} is {max_seqlen}, and a sequence has {most} rows: give the longest, or an upper bound"
+            f"max_seqlen_{of} is {max_seqlen}, and a sequence has {longest(bounds)} rows: "
+            "give the longest, or an upper bound"
         )
 
 

@@ -150,9 +150,9 @@ def as_ragged(
         k, v = (torch.cat([x[:0].flatten(0, 1), *(row[i] for row in rows)]) for i, x in enumerate((k, v)))
         cu_seqlens_k, max_seqlen_k = cu_seqlens_of(lengths, q.device), max(lengths, default=0)
     if max_seqlen_q is None:
-        max_seqlen_q = longest(cu_seqlens_q)
+        max_seqlen_q = longest(cu_seqlens_q.tolist())
     if max_seqlen_k is None:
-        max_seqlen_k = longest(cu_seqlens_k)
+        max_seqlen_k = longest(cu_seqlens_k.tolist())
     return q, k, v, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
 
 
@@ -167,6 +167,6 @@ def cu_seqlens_of(lengths: Sequence[int] | Tensor, device: torch.device | None =
     return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
 
-def longest(cu_seqlens: Tensor) -> int:
-    """The length of a ragged batch's longest sequence, 0 where there is none."""
-    return max((stop - start for start, stop in pairwise(cu_seqlens.tolist())), default=0)
+def longest(bounds: list[int]) -> int:
+    """The length of a ragged batch's longest sequence, from its cu_seqlens as a list; 0 where there is none."""
+    return max((stop - start for start, stop in pairwise(bounds)), default=0)
