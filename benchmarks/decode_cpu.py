@@ -2,14 +2,15 @@
 
 One model of 28 million parameters, the same weights everywhere, batch 1, greedy, fp32, after a prompt of 128 tokens:
 
-- floor: the weights of a step, streamed through bare `F.linear` calls; the same with each matrix transposed in memory;
-  and in 8 bits;
+- floor: all that a step has to read, streamed through bare products: the weights, each matrix transposed in memory, and
+  the keys and values so far; the same with weights in 8 bits;
+- weights alone: without keys and values; also in 8 bits, and as `F.linear`, each matrix as a model stores it;
 - ours: `TextGenerator`, and with weights="int8";
 - transformers: `generate` of Hugging Face's Llama, with SDPA and its dynamic cache.
 
 They run in turns, and each ratio is taken within a turn. Only decode steps are timed, from the end of the prefill on.
-Then the prefill of 1,024 tokens; the rate over the length of the context: with a cache, without one, and transformers;
-and the tiled attention by its block size. Needs the extra `peers`.
+Then the prefill of 1,024 tokens; the rate over the length of the context: floor, with a cache, without one, and
+transformers; and the tiled attention by its block size. Needs the extra `peers`.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ CONFIG = ModelConfig(
     num_key_value_heads=4,
 )
 PROMPT, PREFILL = 128, 1024
+Products = tuple[Callable[[], Tensor], ...]
 BLOCKS = (32, 64, 128, 256, 512)
 CONTEXTS = (64, 128, 256, 512, 1024, 2000)
 
@@ -70,9 +72,11 @@ def measure_decode(model: MiniLLM, rounds: int, tokens: int) -> dict:
     same, int8 = TextGenerator(model), TextGenerator(model, weights="int8")
     ids = prompt(PROMPT)
     runs = {
-        "floor": lambda: floor_rate(linear_products(model), tokens),
-        "floor, transposed": lambda: floor_rate(transposed_products(model), tokens),
-        "floor, int8": lambda: floor_rate(int8_products(model), tokens),
+        "floor": lambda: floor_rate(with_attention(transposed_products(model), PROMPT), tokens),
+        "floor, int8": lambda: floor_rate(with_attention(int8_products(model), PROMPT), tokens),
+        "weights alone": lambda: floor_rate(transposed_products(model), tokens),
+        "weights alone, int8": lambda: floor_rate(int8_products(model), tokens),
+        "F.linear": lambda: floor_rate(linear_products(model), tokens),
         "ours": lambda: our_rate(same, ids, tokens),
         "ours, int8": lambda: our_rate(int8, ids, tokens),
         "transformers": lambda: their_rate(theirs, ids, tokens),
@@ -80,20 +84,22 @@ def measure_decode(model: MiniLLM, rounds: int, tokens: int) -> dict:
     results = take_turns(runs, rounds)
     print(f"decode after {PROMPT} tokens: tokens/s, median of {rounds} turns (10th to 90th percentile)")
     for name, figures in results.items():
-        print(f"  {name:17} {in_words(spread(figures), '6.1f')}")
+        print(f"  {name:19} {in_words(spread(figures), '6.1f')}")
     ratios = {
         f"{name} / {to}": ratio(results, name, to)
         for name, to in (
             ("ours", "floor"),
-            ("ours", "floor, transposed"),
+            ("ours", "weights alone"),
+            ("ours", "F.linear"),
             ("ours", "transformers"),
-            ("ours, int8", "floor"),
             ("ours, int8", "floor, int8"),
+            ("ours, int8", "weights alone, int8"),
+            ("ours, int8", "ours"),
             ("ours, int8", "transformers"),
         )
     }
     for name, quotient in ratios.items():
-        print(f"  {name:26} {in_words(quotient, '5.2f')}")
+        print(f"  {name:32} {in_words(quotient, '5.2f')}")
     return {"tokens per second": {name: spread(figures) for name, figures in results.items()}, "ratios": ratios}
 
 
@@ -125,23 +131,29 @@ def measure_prefill(model: MiniLLM, rounds: int) -> dict:
 def measure_curve(model: MiniLLM, tokens: int = 12, rounds: int = 9) -> dict:
     """Tokens a second by name, one for each length: the medians, and under "p10" and "p90" the same for the spread."""
     theirs, generator = to_transformers(model).eval(), TextGenerator(model)
-    names = ("cached", "uncached", "transformers")
+    names = ("floor", "cached", "uncached", "transformers")
     curve: dict = {name: [] for name in names}
     curve |= {"length": list(CONTEXTS), "p10": {name: [] for name in names}, "p90": {name: [] for name in names}}
+    curve["cached / floor"] = []
     print("tokens/s by tokens in the context")
     for length in CONTEXTS:
         ids = prompt(length)
+        products = with_attention(transposed_products(model), length)
         runs = {
+            "floor": lambda products=products: floor_rate(products, tokens),
             "cached": lambda ids=ids: our_rate(generator, ids, tokens),
             "uncached": lambda ids=ids: uncached_rate(model, ids),
             "transformers": lambda ids=ids: their_rate(theirs, ids, tokens),
         }
-        spreads = {name: spread(figures) for name, figures in take_turns(runs, rounds).items()}
+        results = take_turns(runs, rounds)
+        curve["cached / floor"].append(ratio(results, "cached", "floor"))
+        spreads = {name: spread(figures) for name, figures in results.items()}
         for name, figures in spreads.items():
             curve[name].append(round(figures["median"], 2))
             for bound in ("p10", "p90"):
                 curve[bound][name].append(round(figures[bound], 2))
         print(f"  {length:5}", *(f"{name} {in_words(figures, '7.1f')}" for name, figures in spreads.items()))
+        print(f"        cached / floor {in_words(curve['cached / floor'][-1], '5.2f')}")
     return curve
 
 
@@ -168,8 +180,8 @@ def prompt(length: int) -> Tensor:
     return torch.randint(CONFIG.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
 
 
-def floor_rate(products: list[Callable[[], Tensor]], tokens: int) -> float:
-    """Steps a second of the products with weights alone."""
+def floor_rate(products: Products, tokens: int) -> float:
+    """Steps a second of bare products."""
     start = time.perf_counter()
     for _ in range(tokens):
         for product in products:
@@ -178,26 +190,39 @@ def floor_rate(products: list[Callable[[], Tensor]], tokens: int) -> float:
 
 
 @cache
-def linear_products(model: MiniLLM) -> list[Callable[[], Tensor]]:
-    """The products of a step: q, k and v as one matrix, gate and up as one."""
-    return [partial(F.linear, torch.randn(1, weight.shape[1]), weight) for weight in floor_weights(model)]
+def with_attention(products: Products, length: int) -> Products:
+    """Behind each layer's first product those of one query with the keys and values of so many tokens."""
+    layers, heads_k, d = CONFIG.num_hidden_layers, CONFIG.num_key_value_heads, CONFIG.head_dim
+    rows = CONFIG.num_attention_heads // heads_k  # query heads that share a KV head are the rows of one product
+    q, shares = torch.randn(heads_k, rows, d), torch.rand(heads_k, rows, length)
+    both = list(products)
+    for layer, (keys, values) in reversed(list(enumerate(torch.randn(layers, 2, heads_k, length, d)))):
+        behind = 4 * layer + 1
+        both[behind:behind] = partial(torch.bmm, q, keys.transpose(1, 2)), partial(torch.bmm, shares, values)
+    return tuple(both)
 
 
 @cache
-def transposed_products(model: MiniLLM) -> list[Callable[[], Tensor]]:
+def linear_products(model: MiniLLM) -> Products:
+    """The products of a step: q, k and v as one matrix, gate and up as one."""
+    return tuple(partial(F.linear, torch.randn(1, weight.shape[1]), weight) for weight in floor_weights(model))
+
+
+@cache
+def transposed_products(model: MiniLLM) -> Products:
     """The same, each matrix stored (in, out), as `minillm.decode` has it: a CPU streams one way faster."""
     weights = floor_weights(model)
-    return [partial(torch.mm, torch.randn(1, weight.shape[1]), weight.t().contiguous()) for weight in weights]
+    return tuple(partial(torch.mm, torch.randn(1, weight.shape[1]), weight.t().contiguous()) for weight in weights)
 
 
 @cache
-def int8_products(model: MiniLLM) -> list[Callable[[], Tensor]]:
+def int8_products(model: MiniLLM) -> Products:
     """The same with 8-bit weights, as `minillm.decode` makes them."""
     products: list[Callable[[], Tensor]] = []
     for weight in floor_weights(model):
         x = torch.randn(1, weight.shape[1], dtype=torch.bfloat16)
         products.append(partial(torch._weight_int8pack_mm, x, *quantise(weight)))
-    return products
+    return tuple(products)
 
 
 def floor_weights(model: MiniLLM) -> list[Tensor]:

@@ -104,7 +104,7 @@ class Decoder:
             self._make_rotations(kv_cache.capacity)
         first_seen, window_mask = self._window(slots)
         turn, sin = self._turn[slots.positions], self._sin[slots.positions]
-        x, qkv, turned, gate, up = self._x, self._qkv, self._turned, self._gate, self._up
+        x, qkv, turned, gate, up, hidden = self._x, self._qkv, self._turned, self._gate, self._up, self._hidden
         torch.index_select(self._embedding, 0, token_ids, out=x)
         for layer, weights in enumerate(self._layers):
             self._normed(weights.qkv, out=qkv)
@@ -123,7 +123,7 @@ class Decoder:
             out = F.scaled_dot_product_attention(self._q, keys, values, mask)
             add_product(x, out.reshape(self.batch_size, -1), weights.o)
             self._normed(weights.gate_up, out=self._gate_up)
-            add_product(x, F.silu(gate, inplace=True).mul_(up), weights.down)
+            add_product(x, torch.mul(F.silu(gate, inplace=True), up, out=hidden), weights.down)
         kv_cache.advance()
         return self._normed(self._head, out=self._logits)
 
@@ -137,10 +137,12 @@ class Decoder:
 
     def _normed(self, weight: Matrix, out: Tensor) -> Tensor:
         """RMSNorm(x) @ weight. The norm divides a row by one number, and a product can be divided afterwards."""
-        if self._one_row and isinstance(weight, Tensor):  # BLAS takes such a number along for nothing
+        if self._one_row:
             mean_square = torch.dot(self._row, self._row).item() / self.config.hidden_size
             alpha = (mean_square + self.config.rms_norm_eps) ** -0.5
-            return torch.addmm(out, self._x, weight, beta=0, alpha=alpha, out=out)
+            if isinstance(weight, Tensor):  # BLAS takes such a number along for nothing
+                return torch.addmm(out, self._x, weight, beta=0, alpha=alpha, out=out)
+            return product(torch.mul(self._x, alpha, out=self._narrow_x), weight, out)
         factor = (self._x.square().mean(-1, keepdim=True) + self.config.rms_norm_eps).rsqrt_()
         return product(self._x, weight, out).mul_(factor)
 
@@ -201,10 +203,12 @@ class Decoder:
         self.batch_size = batch_size
         heads, heads_k, d = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
 
-        def buffer(*shape: int) -> Tensor:
-            return self._embedding.new_empty(batch_size, *shape)
+        def buffer(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
+            return self._embedding.new_empty(batch_size, *shape, dtype=dtype)
 
-        self._x = buffer(self.config.hidden_size)
+        takes = None if isinstance(self._head, Tensor) else torch.bfloat16  # the dtype of what is multiplied
+        self._x, self._narrow_x = buffer(self.config.hidden_size), buffer(self.config.hidden_size, dtype=takes)
+        self._hidden = buffer(self.config.intermediate_size, dtype=takes)
         self._row = self._x[0]
         self._one_row = batch_size == 1 and not self._x.is_cuda  # on a GPU, reading the number would synchronise
         self._logits = buffer(self.config.vocab_size)

@@ -13,7 +13,10 @@ from benchmarks import decode_cpu
 from benchmarks.record import ROOT, ratio, spread, take_turns
 from course import lesson
 from course.lesson import stored_result
+from minillm import MiniLLM
+from minillm.cache import KVCache
 from minillm.checkpoint import to_transformers
+from minillm.decode import Decoder
 from tests.cache.models import random_model
 
 RESULT = stored_result("decode_cpu")
@@ -39,7 +42,23 @@ def test_decoding_is_near_the_floor_and_ahead_of_transformers():
     ratios = {name: figures["median"] for name, figures in RESULT["decode"]["ratios"].items()}
     assert ratios["ours / floor"] >= 0.85
     assert ratios["ours / transformers"] >= 1.45
-    assert ratios["ours, int8 / floor"] > 1
+    assert ratios["ours, int8 / floor, int8"] >= 0.6
+
+
+def test_at_a_long_context_the_floor_has_keys_and_values_too_and_decoding_is_near_it():
+    curve = dict(zip(RESULT["context"]["length"], RESULT["context"]["cached / floor"], strict=True))
+    assert curve[2000]["median"] >= 0.88
+
+
+@pytest.mark.parametrize("weights", ["same", "int8"])
+def test_the_floor_reads_what_a_step_reads_and_no_more(weights):
+    model, length = MiniLLM(decode_cpu.CONFIG), 100
+    products = {"same": decode_cpu.transposed_products, "int8": decode_cpu.int8_products}[weights](model)
+    read = [product.args[1:] for product in decode_cpu.with_attention(products, length)]  # each one's first is x
+    keys_and_values = KVCache(decode_cpu.CONFIG, 1, capacity=length).nbytes
+    assert sum(tensor.nbytes for tensors in read for tensor in tensors) == (
+        Decoder(model, weights).nbytes + keys_and_values
+    )
 
 
 def test_prefill_is_not_slower_than_that_of_transformers():

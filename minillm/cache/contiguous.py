@@ -275,8 +275,13 @@ class NextSlots:
 
 @torch.inference_mode(False)  # a tensor made in inference mode could not be written to outside of it
 def _empty_slots(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
-    """Slots without a token hold zeros, because a longer row's step reads them with weight 0."""
-    return torch.zeros(shape, dtype=dtype, device=device)
+    """Zeros in (layers, 2, batch, capacity, nheads_k, headdim); in memory, the slots of a head lie side by side.
+
+    So a decode step reads each head's keys as one stream, from main memory twice as fast as in pieces of a row. Slots
+    without a token hold zeros, because a longer row's step reads them with weight 0.
+    """
+    layers, two, batch, capacity, nheads_k, headdim = shape
+    return torch.zeros(layers, two, batch, nheads_k, capacity, headdim, dtype=dtype, device=device).transpose(3, 4)
 
 
 def all_equal(items: Sequence[Any]) -> bool:
