@@ -8,6 +8,7 @@ holds the whole training set, and a test can ask about pairs that training never
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 USER, BOT, END, PAD = "<|user|>", "<|bot|>", "<|end|>", "<|pad|>"
@@ -33,6 +34,15 @@ _POOLS = {
     "name": "Ada Boris Chen Dora Emil Farah Goran Hana Igor Jonas Kira Leo Mira Nadia Omar Petra Rosa Sven Tara Yuki",
 }
 POOLS = {pool: names.split("/" if "/" in names else " ") for pool, names in _POOLS.items()}
+
+
+# What words are made of, the frequent ones more often; "x" and "zz" are there too.
+_VOWELS = ("a e i o u " * 6 + "ee oo ai ou ea ie y aa io").split()
+_CONSONANTS = (
+    "b c d f g h j k l m n p r s t v w z " * 3
+    + "l m n r s t " * 3
+    + "x q ch sh th ll nn tt ss rr st nd rt ng ck pp zz mb"
+).split()
 
 
 @dataclass(frozen=True)
@@ -176,25 +186,37 @@ def small_talk(rng: random.Random) -> str:
     return sentence.format(rng.choice(POOLS[pool]))
 
 
-def random_facts(rng: random.Random, count: int, held_out: bool = False, odd: float = 0.0) -> list[Fact]:
+def random_facts(
+    rng: random.Random,
+    count: int,
+    held_out: bool = False,
+    odd: float = 0.0,
+    odd_word: Callable[[random.Random], str] | None = None,
+) -> list[Fact]:
     """Facts of `count` different categories.
 
     Args:
         held_out: take the pairs that training never shows.
         odd: share of facts with a value that does not belong to its category, or is no word at all. They keep the
             model from learning which values a category has, instead of looking up what was said.
+        odd_word: makes the words; `invented_word` where left out.
     """
     categories = rng.sample(CATEGORIES, count)
-    return [
-        Fact(category, odd_value(rng, category) if rng.random() < odd else rng.choice(values_of(category, held_out)))
-        for category in categories
-    ]
+    return [_fact(rng, category, held_out, odd, odd_word or invented_word) for category in categories]
 
 
-def odd_value(rng: random.Random, category: Category) -> str:
-    """An invented word, or a value of another category's pool."""
-    if rng.random() < 0.25:
-        return invented_word(rng)
+def _fact(
+    rng: random.Random, category: Category, held_out: bool, odd: float, odd_word: Callable[[random.Random], str]
+) -> Fact:
+    if rng.random() < odd:
+        return Fact(category, odd_value(rng, category, odd_word))
+    return Fact(category, rng.choice(values_of(category, held_out)))
+
+
+def odd_value(rng: random.Random, category: Category, word: Callable[[random.Random], str]) -> str:
+    """A word that is no value at all, or a value of another category's pool."""
+    if rng.random() < (0.25 if word is invented_word else 0.6):
+        return word(rng)
     return rng.choice(POOLS[rng.choice([pool for pool in POOLS if pool != category.pool])])
 
 
@@ -202,6 +224,21 @@ def invented_word(rng: random.Random) -> str:
     """A word that means nothing, so that the model learns to copy what it has never seen."""
     word = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
     return word.capitalize() if rng.random() < 0.5 else word
+
+
+def any_word(rng: random.Random) -> str:
+    """A word or two of any letters, such as "Anna", "Felix" and "New York" are made of."""
+    if rng.random() < 0.2:
+        return invented_word(rng)
+    words = []
+    for _ in range(2 if rng.random() < 0.1 else 1):
+        starts_open = rng.random() < 0.3
+        parts = [
+            rng.choice(_VOWELS if bool(index % 2) != starts_open else _CONSONANTS) for index in range(rng.randint(2, 6))
+        ]
+        words.append("".join(parts))
+    text = " ".join(words)
+    return text.title() if rng.random() < 0.7 else text
 
 
 def user_turn(sentences: list[str], rng: random.Random | None = None) -> str:
@@ -225,6 +262,21 @@ def training_dialogue(
     are close to what was ("my favourite band", when the favourite dish is known).
     """
     facts = random_facts(rng, rng.randint(1, max_facts), odd=0.4)
+    return _dialogue(rng, facts, num_sentences, num_questions, hard)
+
+
+def dialogue_with_changes(
+    rng: random.Random, max_facts: int, num_sentences: int, num_questions: int, hard: bool = False
+) -> str:
+    """The same, and one fact or two are stated again with another value: what was said last holds."""
+    facts = random_facts(rng, rng.randint(1, max(1, max_facts - 1)), odd=0.4, odd_word=any_word)
+    changed = rng.sample(facts, rng.randint(1, min(2, len(facts))))
+    facts += [_fact(rng, fact.category, False, 0.4, any_word) for fact in changed]
+    rng.shuffle(facts)
+    return _dialogue(rng, facts, max(num_sentences, len(facts)), num_questions, hard)
+
+
+def _dialogue(rng: random.Random, facts: list[Fact], num_sentences: int, num_questions: int, hard: bool) -> str:
     stated = [fact.statement for fact in facts]
     sentences = stated + [small_talk(rng) for _ in range(num_sentences - len(facts))]
     rng.shuffle(sentences)
@@ -233,12 +285,19 @@ def training_dialogue(
     asked: set[Category] = set()
     turns, start = [], 0
     for stop in stops:
-        said = [fact for fact in facts if fact.statement in sentences[:stop]]
-        category, answer = _question(rng, said, asked, hard)
+        category, answer = _question(rng, what_holds(facts, sentences[:stop]), asked, hard)
         asked.add(category)
         turns += [user_turn(sentences[start:stop] + [category.question], rng), bot_turn(answer)]
         start = stop
     return "".join(turns)
+
+
+def what_holds(facts: list[Fact], sentences: list[str]) -> list[Fact]:
+    """Of each category the fact that was stated last, in the order of `facts`."""
+    last = {sentence: index for index, sentence in enumerate(sentences)}
+    said = [fact for fact in dict.fromkeys(facts) if fact.statement in last]
+    newest = {fact.category: fact for fact in sorted(said, key=lambda fact: last[fact.statement])}
+    return [fact for fact in said if newest[fact.category] is fact]
 
 
 def _question(rng: random.Random, said: list[Fact], asked: set[Category], hard: bool) -> tuple[Category, str]:

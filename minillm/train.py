@@ -10,6 +10,7 @@ import argparse
 import json
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,7 +26,7 @@ from tqdm.auto import tqdm
 
 from minillm.checkpoint import load_weights, own_weights, save_checkpoint
 from minillm.config import ModelConfig
-from minillm.corpus import training_dialogue
+from minillm.corpus import dialogue_with_changes, training_dialogue
 from minillm.model import MiniLLM
 from minillm.tokenizer import BOT_ID, END_ID, PAD_ID, train_tokenizer
 
@@ -48,17 +49,21 @@ CURRICULUM = (
     Stage(0.25, max_facts=5, max_sentences=16, num_questions=5, batch_size=12),
     Stage(0.40, max_facts=8, max_sentences=32, num_questions=6, batch_size=8),
 )
-HARD_FROM = 7 / 8  # of all steps: the last eighth asks hard questions, at half the learning rate
+HARD_FROM = 7 / 8  # of the first training's steps: the last eighth asks hard questions, at half the learning rate
 LEARNING_RATE = 2e-3
+SECOND_LEARNING_RATE = 1e-3
 OTHER_TOKENS = 0.1  # weight in the loss of a token that is no answer: small talk cannot be predicted
 
 
-def train(out: Path, steps: int, seed: int = 0, save_every: int = 250) -> MiniLLM:
+def train(out: Path, steps: int, second_steps: int, seed: int = 0, save_every: int = 250) -> MiniLLM:
     """Trains `ModelConfig.small()` on generated dialogues and writes the checkpoint.
+
+    First it learns to find what was said, then that what was said last holds: in the second training people change
+    their minds, and name things with words that no list has.
 
     Args:
         out: folder for the checkpoint, the resumable state and the loss curve.
-        steps: optimizer steps; an `out` that holds a state goes on from there.
+        steps, second_steps: optimizer steps of the two; an `out` that holds a state goes on from there.
         seed: of the weights, the tokenizer's text and the batches.
         save_every: steps between two states on disk.
 
@@ -73,18 +78,25 @@ def train(out: Path, steps: int, seed: int = 0, save_every: int = 250) -> MiniLL
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     first_step, curve = resume(out, model, optimizer)
 
-    progress = tqdm(range(first_step, steps), initial=first_step, total=steps, desc="train", unit="step")
+    total = steps + second_steps
+    progress = tqdm(range(first_step, total), initial=first_step, total=total, desc="train", unit="step")
     for step in progress:
+        if step == steps:
+            optimizer.state.clear()  # the second training begins with no momentum
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * schedule(step, steps)
-        batch = training_batch(tokenizer, random.Random(f"{seed}/{step}"), step / (HARD_FROM * steps))
+            group["lr"] = learning_rate(step, steps, second_steps)
+        rng = random.Random(f"{seed}/{step}")
+        if step < steps:
+            batch = training_batch(tokenizer, rng, step / (HARD_FROM * steps))
+        else:
+            batch = second_batch(tokenizer, rng, step - steps)
         loss, exact = training_step(model, optimizer, batch)
         curve.append((loss, exact))
         if (step + 1) % 25 == 0:
             recent = curve[-100:]
             loss, exact = (sum(column) / len(recent) for column in zip(*recent, strict=True))
             progress.set_postfix(loss=f"{loss:.3f}", answers=f"{exact:.1%}")
-        if (step + 1) % save_every == 0 or step + 1 == steps:
+        if (step + 1) % save_every == 0 or step + 1 == total:
             save_state(out, model, optimizer, step + 1, curve)
     save_checkpoint(out, model, tokenizer)
     plot_curve(out / "loss.png", curve)
@@ -98,12 +110,15 @@ def corpus_tokenizer(vocab_size: int, seed: int) -> Tokenizer:
     return train_tokenizer((training_dialogue(rng, 7, 24, 5) for _ in range(4000)), vocab_size)
 
 
-def schedule(step: int, steps: int) -> float:
-    """Share of the learning rate: 100 steps of warm-up, constant, linearly down; then from one half down again."""
+def learning_rate(step: int, steps: int, second_steps: int) -> float:
+    """100 steps of warm-up, constant, linearly down; then from one half down again. In the second training the same."""
     main = HARD_FROM * steps
+    if step >= steps:
+        step -= steps
+        return SECOND_LEARNING_RATE * min(1.0, (step + 1) / 50, 1.5 * (1 - step / second_steps))
     if step >= main:
-        return 0.5 * (1 - (step - main) / (steps - main))
-    return min(1.0, (step + 1) / 100, 3 * (1 - step / main))
+        return LEARNING_RATE * 0.5 * (1 - (step - main) / (steps - main))
+    return LEARNING_RATE * min(1.0, (step + 1) / 100, 3 * (1 - step / main))
 
 
 @dataclass(frozen=True)
@@ -124,10 +139,26 @@ def training_batch(tokenizer: Tokenizer, rng: random.Random, progress: float) ->
     """
     reached = [stage for stage in CURRICULUM if stage.start <= progress]
     stage = rng.choice(reached) if rng.random() < 0.125 else reached[-1]
+    return stage_batch(tokenizer, rng, stage, lambda: training_dialogue, hard=progress >= 1)
+
+
+def second_batch(tokenizer: Tokenizer, rng: random.Random, step: int) -> Batch:
+    """In two of three dialogues somebody changes their mind; every second batch asks hard questions."""
+    stage, hard = (CURRICULUM[-1], True) if step % 2 else (rng.choice(CURRICULUM[1:]), False)
+
+    def kind() -> Callable[..., str]:
+        return training_dialogue if rng.random() < 0.35 else dialogue_with_changes
+
+    return stage_batch(tokenizer, rng, stage, kind, hard)
+
+
+def stage_batch(
+    tokenizer: Tokenizer, rng: random.Random, stage: Stage, kind: Callable[[], Callable[..., str]], hard: bool
+) -> Batch:
+    """Dialogues of a stage's size, all with as many sentences; `kind` chooses what makes each of them."""
     num_sentences = rng.randint((stage.max_sentences + stage.max_facts) // 2, stage.max_sentences)
     texts = [
-        training_dialogue(rng, stage.max_facts, num_sentences, stage.num_questions, hard=progress >= 1)
-        for _ in range(stage.batch_size)
+        kind()(rng, stage.max_facts, num_sentences, stage.num_questions, hard=hard) for _ in range(stage.batch_size)
     ]
     ids = [torch.tensor(encoding.ids) for encoding in tokenizer.encode_batch(texts)]
     return shifted(pad_sequence(ids, batch_first=True, padding_value=PAD_ID))
@@ -210,10 +241,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/small"))
     parser.add_argument("--steps", type=int, default=8_000)
+    parser.add_argument("--second-steps", type=int, default=4_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     start = time.time()
-    train(options.out, options.steps, options.seed)
+    train(options.out, options.steps, options.second_steps, options.seed)
     print(f"{options.out}: {(time.time() - start) / 60:.1f} minutes")
 
 

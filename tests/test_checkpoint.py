@@ -33,19 +33,19 @@ def test_the_stored_figures_are_true_of_the_shipped_weights():
 
 
 def test_a_training_that_was_interrupted_gives_the_same_weights(tmp_path, monkeypatch):
-    whole = train(tmp_path / "whole", steps=4, save_every=2)
+    whole = train(tmp_path / "whole", steps=4, second_steps=2, save_every=2)
     calls, step = [], minillm.train.training_step
 
-    def power_cut_in_the_fourth_step(*args):
+    def power_cut_in_the_sixth_step(*args):
         calls.append(args)
-        if len(calls) == 4:
+        if len(calls) == 6:
             raise KeyboardInterrupt
         return step(*args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(minillm.train, "training_step", power_cut_in_the_fourth_step)
-        train(tmp_path / "half", steps=4, save_every=2)
-    resumed = train(tmp_path / "half", steps=4, save_every=2)
+        patch.setattr(minillm.train, "training_step", power_cut_in_the_sixth_step)
+        train(tmp_path / "half", steps=4, second_steps=2, save_every=2)
+    resumed = train(tmp_path / "half", steps=4, second_steps=2, save_every=2)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     written = {path.name for path in (tmp_path / "half").iterdir()}
     assert written >= {"loss.png", "model.safetensors", "config.yaml", "tokenizer.json"}
