@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,13 +26,17 @@ from course.tasks.mistakes import (
     online_softmax,
 )
 from course.tasks.task import Case, NotYet, Task
-from course.tasks.tiling_gradient import GRAD_Q
+from course.tasks.tiling_gradient import CHECKLISTS, GRAD_Q
+from course.tasks.tiling_slips import WALK_MISTAKES, compare_some_rows, rows_to_compare
 from minillm.attention.masks import Visibility, tiles
 from minillm.measure import format_bytes
 from minillm.measure.traffic import Traffic
 
+__all__ = ["CHECKLISTS", "TASKS", "forward_case", "forward_memory_case", "traffic_case"]
+
 ROWS = {"out": ("query", "dim")}
-NAN_ROW = "−∞ − (−∞) is NaN: m is the largest score of all tiles so far, not of this one alone"
+NAN_ROW = "−∞ − (−∞) is NaN, and so is 0 / 0: is m the largest score so far of each row, not of this tile alone?"
+NAN_TURNS = "a row near −400 stands beside one near 400 here: m is a number for each row, and starts at −∞"
 
 
 def forward_case(
@@ -42,21 +47,33 @@ def forward_case(
     times: float = 1,
     rising: bool = False,
     low: bool = False,
+    by_turns: bool = False,
     d: int = 8,
     asks: str = "",
 ) -> Case:
-    """Causal attention of n queries to n keys in tiles; q is multiplied by `times`; with `low`, see `far_below`."""
+    """Causal attention of n queries to n keys in tiles.
+
+    Args:
+        n, block_q, block_k, d: sizes.
+        times: q is multiplied by it.
+        rising: each score of a row is larger than the one before.
+        low: all scores lie near -LOW, see `far_below`.
+        by_turns: those of every other row lie near +LOW, the rest near -LOW.
+        asks: a question to ask where the mistake is not known.
+    """
 
     def judge(function: Callable, generator: Generator) -> None:
         q, k, v = random_rows(n, n, d, generator, rising)
-        q, k = far_below(q, k, generator) if low else (q * times, k)
+        q, k = far_below(q, k, generator) if low or by_turns else (q * times, k)
+        if by_turns:
+            q[1::2] *= -1
         out = _forward(function, q, k, v, block_q, block_k, Traffic(_room(block_q, block_k, d)))
-        nan = START if low else NAN_ROW
-        larger = LOW if low else times
+        nan = START if low else NAN_TURNS if by_turns else NAN_ROW
+        larger = LOW if low or by_turns else times
         inputs = (q, k, v, block_q, block_k)
         compare_results(out, inputs, _exact, results=ROWS, mistakes=FORWARD_MISTAKES, asks=asks, nan=nan, times=larger)
 
-    kind = kind_of_scores(times, rising, low)
+    kind = f", scores near −{LOW} and {LOW} by turns" if by_turns else kind_of_scores(times, rising, low)
     return Case(f"{n} queries and keys, tiles of {block_q} × {block_k}{kind}", judge)
 
 
@@ -83,16 +100,7 @@ def forward_memory_case(n: int = 4096, block_q: int = 2048, block_k: int = 64, *
         too_much = "the scores of all keys are in memory: keep those of one tile, and m, l and acc"
         memory = {"memory": 16 << 20, "too_much": too_much}
         out = _forward(function, q, k, v, block_q, block_k, Traffic(_room(block_q, block_k, d)), **memory)
-        some = slice(-8, None)  # the last rows see all keys
-        compare_results(
-            out[some],
-            (q[some], k, v, block_q, block_k),
-            _exact,
-            results=ROWS,
-            asks=ELSEWHERE,
-            nan=NAN_ROW,
-            times=COARSE,
-        )
+        compare_some_rows(out, rows_to_compare(n), partial(_exact_rows, q, k, v), ROWS)
 
     return Case(f"{n} queries and keys, tiles of {block_q} × {block_k}: memory", judge)
 
@@ -150,6 +158,13 @@ def _judge_traffic(traffic: Traffic, n: int, d: int, block_q: int, block_k: int)
     raise NotYet(f"right, but it moves {traffic.total / tile_sum:.1f} × what the tiles need: {why}")
 
 
+def _exact_rows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Some rows of the result, computed in a dtype."""
+    q, k, v = q[rows].to(dtype), k.to(dtype), v.to(dtype)
+    scores = masked_scores(q, k, causal=False).masked_fill(torch.arange(len(k)) > rows[:, None], -torch.inf)
+    return scores.softmax(-1) @ v
+
+
 def _exact(q: Tensor, k: Tensor, v: Tensor, *_: int) -> Tensor:
     return masked_scores(q, k).softmax(-1) @ v
 
@@ -179,6 +194,10 @@ def _counted_from_0(block_q: int, block_k: int) -> Sees:
     return lambda i, j: i % block_q >= j % block_k
 
 
+def _counted_from_0_until_the_diagonal(block_q: int, block_k: int) -> Sees:
+    return lambda i, j: in_a_visible_tile(block_q, block_k)(i, j) & _counted_from_0(block_q, block_k)(i, j)
+
+
 def _counted_from_0_on_the_diagonal(n: int, block_q: int, block_k: int) -> Sees:
     def sees(i: Tensor, j: Tensor) -> Tensor:
         below = (j // block_k * block_k + block_k).clamp(max=n) <= i // block_q * block_q + 1
@@ -201,6 +220,10 @@ FORWARD_MISTAKES = [
         lambda *x: _loop(*x, sees=_counted_from_0(*x[3:])),
     ),
     Mistake(
+        "the mask counts rows of the tile from 0: row r is query i + r, and column c is key j + c",
+        lambda *x: _loop(*x, sees=_counted_from_0_until_the_diagonal(*x[3:])),
+    ),
+    Mistake(
         "the mask on the diagonal counts rows of the tile from 0: row r is query i + r, and column c is key j + c",
         lambda *x: _loop(*x, sees=_counted_from_0_on_the_diagonal(len(x[0]), *x[3:])),
     ),
@@ -213,6 +236,7 @@ FORWARD_MISTAKES = [
     of_base(_loop),
     *of_scale(_loop),
     of_division(_loop),
+    *WALK_MISTAKES,
 ]
 
 
@@ -227,6 +251,7 @@ TASKS = [
                 forward_case(4, 4, 4, asks="one tile: is it causal attention?"),
                 forward_case(16, 4, 4, asks="row r and column c of a tile are query i + r and key j + c"),
                 forward_case(12, 6, 2, asks="the tiles need not be square"),
+                forward_case(16, 4, 8, asks="the tiles need not be square"),
             ],
             "tail": [
                 forward_case(10, 4, 4, asks="the last tiles have 2 rows"),
@@ -237,6 +262,7 @@ TASKS = [
                 forward_case(120, 16, 16, rising=True, asks="each tile has a new largest score"),
                 forward_case(20, 8, 4, times=30, asks="does it hold for large scores too?"),
                 forward_case(12, 4, 4, low=True, asks="the largest score of a row may lie far below 0"),
+                forward_case(12, 4, 4, by_turns=True, asks="each row has its own largest score"),
             ],
             "traffic": [traffic_case(), forward_memory_case()],
         },

@@ -167,8 +167,53 @@ def masked_after_softmax(q, k, v, out, block_q, block_k):
         out.store(acc / l, slice(i, i + block_q))
 
 
+def one_m_for_a_tile(q, k, v, out, block_q, block_k):
+    n, d = q.shape
+    for i in range(0, n, block_q):
+        tile = q.load(slice(i, i + block_q))
+        m, l, acc = torch.tensor(-torch.inf), torch.zeros(len(tile), 1), torch.zeros(len(tile), d)
+        for j in range(0, min(i + block_q, n), block_k):
+            s = tile @ k.load(slice(j, j + block_k)).T / d**0.5
+            s = s + torch.full_like(s, -torch.inf).triu(i - j + 1)
+            new = torch.maximum(m, s.max())
+            p, old = (s - new).exp(), (m - new).exp()
+            l, acc, m = old * l + p.sum(1, keepdim=True), old * acc + p @ v.load(slice(j, j + block_k)), new
+        out.store(acc / l, slice(i, i + block_q))
+
+
+def divided_in_the_loop(q, k, v, out, block_q, block_k):
+    n, d = q.shape
+    for i in range(0, n, block_q):
+        tile = q.load(slice(i, i + block_q))
+        m, l, acc = torch.full((len(tile), 1), -torch.inf), torch.zeros(len(tile), 1), torch.zeros(len(tile), d)
+        for j in range(0, min(i + block_q, n), block_k):
+            s = tile @ k.load(slice(j, j + block_k)).T / d**0.5
+            s = s + torch.full_like(s, -torch.inf).triu(i - j + 1)
+            new = torch.maximum(m, s.amax(1, keepdim=True))
+            p, old = (s - new).exp(), (m - new).exp()
+            l, m = old * l + p.sum(1, keepdim=True), new
+            acc = (old * acc + p @ v.load(slice(j, j + block_k))) / l
+        out.store(acc, slice(i, i + block_q))
+
+
 right = mask_on_the_diagonal_only
+BEGINS = "        m, l, acc = torch.full((stop - i,), -torch.inf), torch.zeros(stop - i), torch.zeros(stop - i, d)\n"
+LOOP = "        for j in range(0, stop, block_k):\n"
 WRONG = [
+    changed(right, "(i - j + 1)", "(1)", name="mask by the tile's own index", told="rows of the tile from 0"),
+    Wrong("one m for a tile", one_m_for_a_tile, "a row near −400 stands beside one near 400"),
+    changed(one_m_for_a_tile, "acc / l,", "acc / l.clamp(min=1e-30),", name="one m for a tile, NaN avoided",
+            told="m is one number for the whole tile"),
+    changed(right, "torch.exp(m - new)", "torch.exp(new - m if j else m - new)", name="factor upside down",
+            told="the factor is upside down"),
+    changed(divided_in_the_loop, "d**0.5", "d**0.5", name="divided in the loop", told="acc is divided by l inside the loop"),
+    changed(divided_in_the_loop, "acc, slice", "acc / l, slice", name="divided in the loop and at the end",
+            told="acc is divided by l inside the loop, and again"),
+    changed(right, "k_tile.T", "(k_tile if k_tile.shape[0] == d else k_tile.T)", name="not transposed where d is block_k",
+            told="k is not transposed"),
+    changed(right, BEGINS + LOOP, LOOP + "    " + BEGINS, name="sums begin in the inner loop",
+            told="m, l and acc begin once for a tile of queries"),
+    changed(right, "p, old = torch.exp(s", "p, old = torch.exp2(s", name="base 2 for p alone", told="exponentials are in base 2"),
     changed(right, "old[:, None] * acc", "acc", name="acc not rescaled", told="acc is not rescaled"),
     changed(right, "old * l", "l", name="l not rescaled", told="l is not rescaled"),
     changed(right, "torch.exp(m - new)", "torch.ones_like(m)", name="nothing rescaled", told="nothing is rescaled"),
@@ -186,7 +231,7 @@ WRONG = [
     changed(right, "-torch.inf), torch.zeros(stop", "0.0), torch.zeros(stop", name="m starts at 0",
             told="m starts at −∞, not at 0"),
     changed(right, "torch.maximum(m, s.max(dim=1).values)", "s.max(dim=1).values", name="m of the tile alone",
-            told="not of this one alone"),
+            told="not of this tile alone"),
     changed(right, "range(0, n, block_q)", "range(0, n - block_q + 1, block_q)", name="last queries left out",
             told="was never stored"),
     changed(right, "out.store(acc / l[:, None], slice(i, stop))", "return acc / l[:, None]", name="nothing stored",
