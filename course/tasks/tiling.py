@@ -35,7 +35,10 @@ from minillm.measure.traffic import Traffic
 __all__ = ["CHECKLISTS", "TASKS", "forward_case", "forward_memory_case", "traffic_case"]
 
 ROWS = {"out": ("query", "dim")}
-NAN_ROW = "−∞ − (−∞) is NaN, and so is 0 / 0: is m the largest score so far of each row, not of this tile alone?"
+NAN_ROW = (
+    "−∞ − (−∞), 0 / 0 and 0 · ∞ are NaN: is m the largest score so far of each row, not of this tile alone, and the "
+    "factor of the old sums exp(m − m_new)?"
+)
 NAN_TURNS = "a row near −400 stands beside one near 400 here: m is a number for each row, and starts at −∞"
 
 

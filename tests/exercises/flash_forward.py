@@ -201,12 +201,14 @@ BEGINS = "        m, l, acc = torch.full((stop - i,), -torch.inf), torch.zeros(s
 LOOP = "        for j in range(0, stop, block_k):\n"
 WRONG = [
     changed(right, "(i - j + 1)", "(1)", name="mask by the tile's own index", told="rows of the tile from 0"),
-    Wrong("one m for a tile", one_m_for_a_tile, "a row near −400 stands beside one near 400"),
+    Wrong("one m for a tile", one_m_for_a_tile, "m is one number for the whole tile"),
     changed(one_m_for_a_tile, "acc / l,", "acc / l.clamp(min=1e-30),", name="one m for a tile, NaN avoided",
             told="m is one number for the whole tile"),
     changed(right, "torch.exp(m - new)", "torch.exp(new - m if j else m - new)", name="factor upside down",
             told="the factor is upside down"),
-    changed(divided_in_the_loop, "d**0.5", "d**0.5", name="divided in the loop", told="acc is divided by l inside the loop"),
+    changed(right, "torch.exp(m - new)", "torch.exp(new - m)", name="factor upside down from −∞ on",
+            told="the factor of the old sums exp(m − m_new)?"),
+    Wrong("divided in the loop", divided_in_the_loop, "acc is divided by l inside the loop"),
     changed(divided_in_the_loop, "acc, slice", "acc / l, slice", name="divided in the loop and at the end",
             told="acc is divided by l inside the loop, and again"),
     changed(right, "k_tile.T", "(k_tile if k_tile.shape[0] == d else k_tile.T)", name="not transposed where d is block_k",
