@@ -16,12 +16,12 @@ from course.tasks.mistakes import masked_scores, of_division, of_rescale, of_sca
 from course.tasks.task import Case, NotYet, Task
 from course.tasks.tiling_slips import walk, walk_mistakes
 from minillm.attention.online import OnlineSoftmax
-from minillm.measure.traffic import Traffic
+from minillm.measure.traffic import Counted, Traffic
 
 __all__ = ["STOPS", "grad_scores", "one_tile"]
 
 
-def one_tile(q_tile: Tensor, k: Rows, v: Rows, block_k: int) -> Tensor:
+def one_tile(q_tile: Tensor, k: Counted, v: Counted, block_k: int) -> Tensor:
     """The output of a tile of queries: k and v come in from HBM, block_k rows at a time."""
     n_keys, d = k.shape
     state = OnlineSoftmax((len(q_tile),), d, q_tile.dtype)  # m, l, acc of these rows
