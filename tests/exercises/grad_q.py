@@ -188,5 +188,5 @@ WRONG = [
             told="the last keys are missing"),
     Wrong("softmax of each tile", softmax_of_the_tile, "a softmax over each tile of keys"),
     Wrong("the gradient of k", gradient_of_k, "this is dK"),
-    Wrong("P materialised", materialised, "or with all of P (64 MiB)", kept=True),
+    Wrong("P materialised", materialised, "or the probabilities of the whole sequence (64 MiB)", kept=True),
 ]
