@@ -57,8 +57,9 @@ def grad_memory_case(n: int = 4096, block_q: int = 1024, block_k: int = 64, d: i
         saved = _saved(n, d, 1, 0, generator)
         tile, strip, whole = (format_bytes(4 * size) for size in (block_q * block_k, max(block_q, block_k) * n, n * n))
         too_much = (
-            f"more is in memory than a few tiles of {block_q} × {block_k} ({tile} each): work with one at a time, not "
-            f"with a strip across all {n} keys or queries ({strip}) or the probabilities of the whole sequence ({whole})"
+            f"more is in memory than a few tiles of {block_q} × {block_k} ({tile} each): work with one at a time, "
+            f"not with a strip across all {n} keys or queries ({strip}), or the probabilities of the whole sequence "
+            f"({whole})"
         )
         result = extra_memory_below(MEMORY, _without_autograd(function), *saved, block_q, block_k, too_much=too_much)
         compare_some_rows(result, rows_to_compare(n), lambda rows, dtype: _some_grads(saved, rows, dtype), GRAD, 3)
