@@ -16,7 +16,7 @@ from minillm.cache import KVCache
 from minillm.config import ModelConfig
 
 
-def append(buffer_k, buffer_v, length, k, v):
+def append_rows(buffer_k, buffer_v, length, k, v):
     """Writes new rows behind the old ones; gives back what is held, as views, and the new length."""
     stop = length + len(k)
     buffer_k[length:stop], buffer_v[length:stop] = k, v
@@ -207,12 +207,12 @@ GREEDY_MISTAKES = [
 
 STOPS = [
     Task(
-        "append",
+        "append_rows",
         unit="04_kv_cache",
         minutes=4,
         difficulty=1,
         parts={"result": [append_case(0, 4, 8), append_case(4, 1, 8), append_case(5, 3, 8), append_case(6, 0, 8)]},
-        model_answer=append,
+        model_answer=append_rows,
     ),
     Task(
         "greedy",

@@ -1,4 +1,4 @@
-"""Answers to `append`, a writing stop of lesson 04."""
+"""Answers to `append_rows`, a writing stop of lesson 04."""
 
 import torch
 
