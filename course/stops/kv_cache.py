@@ -1,4 +1,4 @@
-"""Lesson 04: writing to a buffer of keys and values, and the loop that makes a model talk."""
+"""Lesson 04: writing to a buffer of keys and values, the loop that makes a model talk, and top-p."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from course.tasks.cases import counted
-from course.tasks.judge import Mistake, call
+from course.tasks.judge import Mistake, call, compare_results
 from course.tasks.slots import filled_slots, wrongly_stored
 from course.tasks.task import Case, NotYet, Task
 from minillm.cache import KVCache
@@ -32,6 +32,15 @@ def greedy(model, input_ids, max_new_tokens):
         written.append(int(token))
         input_ids = token[:, None]  # fed back, alone: the cache has the rest
     return written
+
+
+def nucleus(probabilities, p):
+    """Only the fewest tokens that together reach p, the likeliest first; what is left sums to 1."""
+    largest, tokens = probabilities.sort(descending=True)
+    before = largest.cumsum(0) - largest  # what the likelier tokens have together
+    kept = torch.zeros_like(probabilities)
+    kept[tokens[before < p]] = largest[before < p]
+    return kept / kept.sum()
 
 
 def append_case(length: int, new: int, capacity: int) -> Case:
@@ -205,6 +214,73 @@ GREEDY_MISTAKES = [
     Mistake("there is one token too many", lambda model, ids, new: _loop(model, ids, new + 1)),
 ]
 
+
+def nucleus_case(p: float, spread: float = 1, size: int = 10) -> Case:
+    """A distribution over a few tokens: the larger the spread of its logits, the more peaked."""
+
+    def judge(function: Callable, generator: Generator) -> None:
+        probabilities = (spread * torch.randn(size, generator=generator)).softmax(0)
+        got = call(function, probabilities, p)
+        if isinstance(got, Tensor) and got.isnan().any():
+            raise NotYet("the result is NaN: is any token left? The likeliest one always is")
+        inputs, results = (probabilities, p), {"the result": ("token",)}
+        compare_results(got, inputs, nucleus, results=results, mistakes=NUCLEUS_MISTAKES)
+
+    kind = "peaked" if spread > 2 else "flat"
+    return Case(f"{counted(size, 'token')}, {kind}, p = {p:g}", judge)
+
+
+def _kept(
+    keep: Callable[[Tensor, Tensor, float], Tensor], descending: bool = True
+) -> Callable[[Tensor, float], Tensor]:
+    """Keeps other tokens: chosen by their probabilities in order, what all up to each have together, and p."""
+
+    def answer(probabilities: Tensor, p: float) -> Tensor:
+        ordered, tokens = probabilities.sort(descending=descending)
+        chosen = keep(ordered, ordered.cumsum(0), p)
+        kept = torch.zeros_like(probabilities)
+        kept[tokens[chosen]] = ordered[chosen]
+        return kept / kept.sum()
+
+    return answer
+
+
+def _in_order(probabilities: Tensor, p: float) -> Tensor:
+    return nucleus(probabilities, p).sort(descending=True).values
+
+
+def _softmax_again(probabilities: Tensor, p: float) -> Tensor:
+    kept = nucleus(probabilities, p)
+    return torch.where(kept > 0, probabilities, -torch.inf).softmax(0)
+
+
+NUCLEUS_MISTAKES = [
+    Mistake(
+        "the token with which p is reached is left out: it belongs to those that stay",
+        _kept(lambda _, together, p: together <= p),
+    ),
+    Mistake(
+        "each token is compared with p alone: what counts is what the likelier ones have together",
+        _kept(lambda ordered, _, p: ordered >= p),
+    ),
+    Mistake(
+        "the unlikeliest tokens stay: sort in descending order",
+        _kept(lambda ordered, together, p: together - ordered < p, descending=False),
+    ),
+    Mistake(
+        "one token too many stays: none is needed after p is reached",
+        _kept(
+            lambda ordered, together, p: together - ordered - ordered.roll(1).index_fill(0, torch.tensor([0]), 0) < p
+        ),
+    ),
+    Mistake("the result is sorted: each probability belongs at its own token's place", _in_order),
+    Mistake(
+        "what stays does not sum to 1: divide by its sum",
+        lambda probabilities, p: torch.where(nucleus(probabilities, p) > 0, probabilities, 0),
+    ),
+    Mistake("softmax is taken of probabilities: divide by their sum instead", _softmax_again),
+]
+
 STOPS = [
     Task(
         "append_rows",
@@ -221,5 +297,13 @@ STOPS = [
         difficulty=2,
         parts={"result": [greedy_case(5, 6), greedy_case(1, 4), greedy_case(7, 1)]},
         model_answer=greedy,
+    ),
+    Task(
+        "nucleus",
+        unit="04_kv_cache",
+        minutes=6,
+        difficulty=2,
+        parts={"result": [nucleus_case(0.1), nucleus_case(0.7), nucleus_case(0.3, spread=5), nucleus_case(1)]},
+        model_answer=nucleus,
     ),
 ]
