@@ -25,7 +25,8 @@ def append_rows(buffer_k, buffer_v, length, k, v):
 
 def greedy(model, input_ids, max_new_tokens):
     """The ids that follow, each the one with the largest logit."""
-    cache, written = KVCache(model.config, batch_size=1), []
+    cache = KVCache(model.config, batch_size=1)
+    written: list[int] = []
     while len(written) < max_new_tokens:
         logits = model(input_ids, kv_cache=cache)  # (1, new tokens, vocab_size)
         token = logits[:, -1].argmax(-1)  # what follows the last token
