@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from course.stops import tiling
+from course.stops import kv_cache, tiling
 from course.tasks.task import Task
 
-UNITS: tuple = (tiling,)
+UNITS = (tiling, kv_cache)
 STOPS: dict[str, Task] = {task.name: task for unit in UNITS for task in unit.STOPS}
