@@ -49,6 +49,7 @@ CURRICULUM = (
     Stage(0.25, max_facts=5, max_sentences=16, num_questions=5, batch_size=12),
     Stage(0.40, max_facts=8, max_sentences=32, num_questions=6, batch_size=8),
 )
+SHORT = Stage(0.0, max_facts=2, max_sentences=2, num_questions=2, batch_size=48)  # what a person tries first
 HARD_FROM = 7 / 8  # of the first training's steps: the last eighth asks hard questions, at half the learning rate
 LEARNING_RATE = 2e-3
 SECOND_LEARNING_RATE = 1e-3
@@ -145,8 +146,12 @@ def training_batch(tokenizer: Tokenizer, rng: random.Random, progress: float) ->
 
 
 def second_batch(tokenizer: Tokenizer, rng: random.Random, step: int) -> Batch:
-    """In two of three dialogues somebody changes their mind; every second batch asks hard questions."""
-    stage, hard = (CURRICULUM[-1], True) if step % 2 else (rng.choice(CURRICULUM[1:]), False)
+    """In two of three dialogues somebody changes their mind; every second batch asks hard questions.
+
+    From the third round on some dialogues are as short as a fact or two and a question.
+    """
+    stages = CURRICULUM[1:] if step < 2 * ROUND else (SHORT, *CURRICULUM)
+    stage, hard = (CURRICULUM[-1], True) if step % 2 else (rng.choice(stages), False)
 
     def kind() -> Callable[..., str]:
         return training_dialogue if rng.random() < 0.35 else dialogue_with_changes
@@ -243,7 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/small"))
     parser.add_argument("--steps", type=int, default=8_000)
-    parser.add_argument("--second-steps", type=int, default=8_000)
+    parser.add_argument("--second-steps", type=int, default=12_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     start = time.time()
