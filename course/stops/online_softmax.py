@@ -120,7 +120,7 @@ SUM_MISTAKES = [
     ),
     Mistake(
         "the rescale is upside down: it is exp(m − m_new), at most 1",
-        _sum_with(lambda l, x, m, new: l * (new - m).exp() + (x - new).exp()),
+        _sum_with(lambda l, x, m, new: (l * (new - m).exp()).nan_to_num() + (x - new).exp()),
     ),
     Mistake(
         "l is thrown away when a larger score comes: rescale it by exp(m − m_new)",

@@ -8,7 +8,7 @@ from tests.exercises.answers import Wrong, changed
 def in_one_vector(scores, values):
     """l as one more number of acc: it is summed in the same way."""
     m, acc = torch.tensor(-torch.inf), torch.zeros(1)
-    for x, value in zip(scores, values):
+    for x, value in zip(scores, values, strict=True):
         m_new = torch.maximum(m, x)
         acc = acc * torch.exp(m - m_new) + torch.exp(x - m_new) * torch.cat([torch.ones(1), value])
         m = m_new
@@ -18,7 +18,7 @@ def in_one_vector(scores, values):
 def always_normalised(scores, values):
     """A running average: l times the old one, plus what is new, over the new l."""
     m, l, out = torch.tensor(-torch.inf), torch.tensor(0.0), 0.0
-    for x, value in zip(scores, values):
+    for x, value in zip(scores, values, strict=True):
         m_new = torch.maximum(m, x)
         l_old, p = l * torch.exp(m - m_new), torch.exp(x - m_new)
         l = l_old + p
@@ -32,7 +32,7 @@ RIGHT = {"one vector": in_one_vector, "running average": always_normalised}
 
 def loop(scores, values):
     m, l, acc = torch.tensor(-torch.inf), torch.tensor(0.0), 0.0
-    for x, value in zip(scores, values):
+    for x, value in zip(scores, values, strict=True):
         m_new = torch.maximum(m, x)
         old, p = torch.exp(m - m_new), torch.exp(x - m_new)
         l = l * old + p
