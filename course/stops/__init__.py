@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from course.stops import online_softmax
+from course.stops import kv_cache, online_softmax
 from course.tasks.task import Task
 
-UNITS: tuple = (online_softmax,)
+UNITS = (online_softmax, kv_cache)
 STOPS: dict[str, Task] = {task.name: task for unit in UNITS for task in unit.STOPS}
