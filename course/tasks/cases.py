@@ -23,10 +23,10 @@ def random_rows(
     return q, k, v
 
 
-def far_below(q: Tensor, k: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-    """q and k with a part in opposite directions, so that each score (scaled by 1/√d) lies near -LOW."""
+def far_below(q: Tensor, k: Tensor, generator: Generator, low: int = LOW) -> tuple[Tensor, Tensor]:
+    """q and k with a part in opposite directions, so that each score (scaled by 1/√d) lies near -low."""
     towards = torch.nn.functional.normalize(torch.randn(q.shape[1], generator=generator), dim=0)
-    size = (LOW * q.shape[1] ** 0.5) ** 0.5
+    size = (low * q.shape[1] ** 0.5) ** 0.5
     return q / 10 - size * towards, k / 10 + size * towards
 
 

@@ -16,6 +16,7 @@ from course.tasks.task import NotBegun, NotYet
 from minillm.measure import error_budget, format_bytes, measure_memory
 
 NO_KEY = "or does this row see no key? −∞ − (−∞) and 0 / 0 are NaN too"
+MOST_CALLS = 200_000  # of torch, where memory is measured: that takes some 10 s
 
 
 class Mistake(NamedTuple):
@@ -84,19 +85,20 @@ def compare_results(
     raise NotYet("\n".join(filter(None, [f"{name} is {where}", asks])))
 
 
-def call(function: Callable, *inputs: Any, through: Callable | None = None) -> Any:
+def call(function: Callable, *inputs: Any, through: Callable | None = None, most_calls: int | None = None) -> Any:
     """The answer's result on copies of the inputs.
 
     Args:
         through: calls the answer, `through(function, *inputs)`, where it is no function to be called directly.
+        most_calls: of torch, that the answer may make; None: any number.
 
     Raises:
         NotBegun: it raised NotImplementedError.
-        NotYet: it raised something else, or it calls an attention of PyTorch or of this course.
+        NotYet: it raised something else, it calls an attention of PyTorch or of this course, or torch too often.
     """
     copies = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
     try:
-        with _OwnWork():
+        with _OwnWork(most_calls):
             return through(function, *copies) if through else function(*copies)
     except NotYet:
         raise
@@ -129,12 +131,12 @@ def extra_memory_below(limit: int, function: Callable, *inputs: Any, too_much: s
         too_much: why an answer takes more.
 
     Raises:
-        NotYet: it takes more.
+        NotYet: it takes more, or calls torch so often that measuring it would take minutes.
     """
     if hasattr(function, "peak_memory"):  # graded in a process of its own, and measured from outside
         result, peak = call(partial(function.peak_memory), *inputs)  # its errors name the function and the line
     else:
-        used = call(lambda *copies: measure_memory(function, *copies), *inputs)
+        used = call(lambda *copies: measure_memory(function, *copies), *inputs, most_calls=MOST_CALLS)
         result, peak = used.result, used.peak_bytes
     if peak > limit:
         raise NotYet(f"{too_much} ({format_bytes(peak)} at a time, allowed {format_bytes(limit)})")
@@ -147,9 +149,16 @@ def as_tuple(result: Any) -> tuple:
 
 
 class _OwnWork(TorchFunctionMode):
-    """Raises NotYet where an answer calls PyTorch's attention, or this course's."""
+    """Raises NotYet where an answer calls PyTorch's attention, or this course's, or torch too often."""
+
+    def __init__(self, most_calls: int | None):
+        super().__init__()
+        self.calls, self.most_calls = 0, most_calls
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        if self.most_calls and self.calls > self.most_calls:
+            raise NotYet(f"work on whole blocks: it calls torch more than {self.most_calls:,} times here")
         name = getattr(func, "__name__", "")
         if "scaled_dot_product" in name or "flash_attention" in name:
             raise NotYet(f"it calls {name}: write it with matrix products and elementwise operations")
@@ -161,7 +170,8 @@ class _OwnWork(TorchFunctionMode):
 def _caller() -> str:
     """The module of the code that called torch."""
     frame = sys._getframe(2)
-    while frame.f_back and str(frame.f_globals.get("__name__")).split(".")[0] == "torch":
+    between = ("torch", "minillm.measure.memory")  # they hand the call on
+    while frame.f_back and str(frame.f_globals.get("__name__")).startswith(between):
         frame = frame.f_back
     return str(frame.f_globals.get("__name__"))
 

@@ -53,6 +53,9 @@ def online_softmax(
     rescale_acc: bool = True,
     rescale_l: bool = True,
     divide: bool = True,
+    divide_inside: bool = False,
+    shared: bool = False,
+    log: Callable[[Tensor], Tensor] = torch.log,
 ) -> tuple[Tensor, Tensor]:
     """The loop over blocks of keys; the options are slips.
 
@@ -61,6 +64,9 @@ def online_softmax(
         v: (n_k, d).
         block: keys at a time.
         padded: the last block is filled up with zeros, and they are not masked.
+        divide, divide_inside: by l, in the end; and after each block.
+        shared: one largest score for all rows.
+        log: of l, for lse.
 
     Returns:
         out (n_q, d), 0 where a query sees no key; lse (n_q,).
@@ -73,13 +79,14 @@ def online_softmax(
     acc = scores.new_zeros(len(scores), v.shape[1])
     for j in range(0, len(v), block):
         tile = scores[:, j : j + block]
-        largest = torch.maximum(m, tile.amax(-1, keepdim=True))
+        largest = torch.maximum(m, tile.amax() if shared else tile.amax(-1, keepdim=True))
         finite = largest.masked_fill(largest == -torch.inf, 0)
         p, rescale = base ** (tile - finite), base ** (m - finite)
         l = (rescale if rescale_l else 1) * l + p.sum(-1, keepdim=True)
         acc = (rescale if rescale_acc else 1) * acc + p @ v[j : j + block]
+        acc = acc / l if divide_inside else acc
         m = largest
-    return (acc / l if divide else acc).nan_to_num(), (m + l.log())[:, 0]
+    return (acc / l if divide else acc).nan_to_num(), (m + log(l))[:, 0]
 
 
 def of_rescale(answer: Callable[..., Any]) -> list[Mistake]:
@@ -108,6 +115,14 @@ def of_base(answer: Callable[..., Any]) -> Mistake:
     )
 
 
+def of_base_2_throughout(answer: Callable[..., Any]) -> Mistake:
+    """Of exponentials and logarithm: options `base`, `log`."""
+    return Mistake(
+        "all is in base 2, lse too: multiply the scores by log2(e) before exp2, and lse by ln 2 in the end",
+        lambda *x: answer(*x, base=2, log=torch.log2),
+    )
+
+
 def of_padding(answer: Callable[..., Any]) -> Mistake:
     """Of the tail: option `padded`."""
     return Mistake(
@@ -118,6 +133,20 @@ def of_padding(answer: Callable[..., Any]) -> Mistake:
 def of_division(answer: Callable[..., Any]) -> Mistake:
     """Of the end: option `divide`."""
     return Mistake("the result is not divided by l in the end", lambda *x: answer(*x, divide=False))
+
+
+def of_division_inside(answer: Callable[..., Any]) -> list[Mistake]:
+    """Of the loop: options `divide_inside`, `divide`."""
+    message = "acc is divided by l in every block: keep the sum as it is, and divide once, in the end"
+    return [Mistake(message, lambda *x, end=end: answer(*x, divide_inside=True, divide=end)) for end in (False, True)]
+
+
+def of_shared_maximum(answer: Callable[..., Any]) -> Mistake:
+    """Of m: option `shared`."""
+    return Mistake(
+        "m is one number for all rows, and exp of a row far below it is 0: each row has its own largest score",
+        lambda *x: answer(*x, shared=True),
+    )
 
 
 def of_scale(answer: Callable[..., Any]) -> list[Mistake]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -86,26 +87,34 @@ def run(task: Task, function: Callable, cases: Iterable[Case]) -> CheckResult:
     """Tries the answer in every case.
 
     Raises:
-        NotYet: one line a case, with what is wrong under it.
+        NotYet: one line a case, with what is wrong under it; cases with the same complaint stand together.
         NotBegun: from the first case.
     """
-    lines: list[str] = []
+    found: dict[str, list[tuple[str, str]]] = {}  # by complaint without its numbers: (title, complaint)
     right = wrong = 0
     for case in cases:
         try:
             case.judge(function, _generator(case.title))
             right += 1
-            lines.append(f"  ✓ {case.title}")
+            found[f"right: {right}"] = [(case.title, "")]
         except NotBegun as complaint:
             raise NotBegun(f"{task.name}: {complaint}") from None
         except NotYet as complaint:
             wrong += 1
-            lines.append(f"  ✗ {case.title}")
-            for line in str(complaint).splitlines():  # Jupyter would break a long one in the middle of a word
-                lines += textwrap.wrap(line, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            found.setdefault(re.sub(r"\d[\d.e+-]*", "#", str(complaint)), []).append((case.title, str(complaint)))
+    lines = [line for alike in found.values() for line in _lines(alike)]
     if wrong:
         raise NotYet("\n".join([f"{task.name}: not yet, {wrong} of {right + wrong} cases wrong", *lines]))
     return CheckResult("\n".join([f"{task.name}: right", *lines]))
+
+
+def _lines(alike: list[tuple[str, str]]) -> Iterator[str]:
+    """The titles of cases with the same complaint, and this once; where only its numbers differ, the first case's."""
+    complaints = [complaint for _, complaint in alike]
+    yield from (f"  {'✗' if complaint else '✓'} {title}" for title, complaint in alike)
+    first = f"in the first of these: {complaints[0]}" if len(set(complaints)) > 1 else complaints[0]
+    for line in first.splitlines():  # Jupyter would break a long one in the middle of a word
+        yield from textwrap.wrap(line, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
 _seed: ContextVar[int] = ContextVar("seed", default=0)

@@ -17,6 +17,7 @@ On the CPU the allocator's events come from PyTorch's profiler, for the calling 
 samples of the process's size, so they repeat to the byte (scratch that an operator cuts up by threads
 depends on how many there are). A ``TorchDispatchMode`` that watches storages would be lighter, but cannot see
 inside a C++ operator. No other profile may run on the thread, and only one thread may measure at a time.
+The profiler keeps some KiB for each operator, so it is emptied after every `CALLS_BETWEEN_CUTS` calls of torch.
 
 On CUDA they come from the caching allocator's history, for this process and one device; a history that you
 record yourself is lost. Call the function once before you measure it: the first matrix product also
@@ -34,7 +35,10 @@ from typing import Any, Protocol
 
 import torch
 from torch.autograd.profiler import profile
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+
+CALLS_BETWEEN_CUTS = 10_000  # of torch, between two times that a recording is emptied: some 80 MiB
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,8 @@ def measure_memory(
     if not callable(function):
         raise TypeError(f"function is {type(function).__name__}, not something that can be called")
     place = _place(device, (args, kwargs))
-    with _recording(_recorder(place)) as events:
+    recorder = _recorder(place)
+    with _recording(recorder) as events, _Cuts(recorder):
         result = function(*args, **kwargs)
     return AllocatedBytes(result, *_account(events), device=str(place))
 
@@ -218,6 +223,21 @@ def _cut(recorder: _Recorder) -> None:
         log.extend(events)
 
 
+class _Cuts(TorchFunctionMode):
+    """Empties a recording from time to time, so that a long loop needs no more memory than a short one."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder, self.calls = recorder, 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        if self.calls % CALLS_BETWEEN_CUTS == 0:
+            _cut(self.recorder)
+            self.recorder.start()
+        return func(*args, **(kwargs or {}))
+
+
 class _CpuRecorder:
     """The CPU allocator's events, out of PyTorch's profiler."""
 
@@ -239,18 +259,18 @@ class _CpuRecorder:
             self._profile.__exit__(None, None, None)
         assert self._profile.kineto_results is not None
         found = _allocations(self._profile.kineto_results.experimental_event_tree())
-        return [(event.ptr, event.alloc_size) for _, event in sorted(found, key=lambda pair: pair[0])]
+        return [(address, size) for _, address, size in sorted(found, key=lambda event: event[0])]
 
 
-def _allocations(nodes: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-    """(time in ns, allocation) of every CPU allocation and release in the profiler's tree of operators."""
+def _allocations(nodes: Iterable[Any]) -> Iterator[tuple[int, int, int]]:
+    """(time in ns, address, size) of every CPU allocation and release in the profiler's tree of operators."""
     pending = list(nodes)
     while pending:
         node = pending.pop()
         pending.extend(node.children)
         name, extra = node.typed
         if name.name == "Allocation" and extra.device.type == "cpu":
-            yield node.start_time_ns, extra
+            yield node.start_time_ns, extra.ptr, extra.alloc_size
 
 
 @contextmanager

@@ -35,7 +35,45 @@ def by_merging(q, k, v, block):
     return out, lse
 
 
-RIGHT = {"columns": in_columns, "blocks merged": by_merging}
+def few_rows_at_a_time(q, k, v, block):
+    """Four rows by themselves inside a block: many small calls, which may be."""
+    m, l, acc = torch.full((len(q), 1), -torch.inf), torch.zeros(len(q), 1), torch.zeros_like(q)
+    for j in range(0, k.shape[0], block):
+        keys, values = k.load(slice(j, j + block)), v.load(slice(j, j + block))
+        for i in range(0, len(q), 4):
+            rows = slice(i, i + 4)
+            s = q[rows] @ keys.T / q.shape[1] ** 0.5
+            new = torch.maximum(m[rows], s.amax(1, keepdim=True))
+            p, old = torch.exp(s - new), torch.exp(m[rows] - new)
+            l[rows], acc[rows] = l[rows] * old + p.sum(1, keepdim=True), acc[rows] * old + p @ values
+            m[rows] = new
+    return acc / l, (m + l.log())[:, 0]
+
+
+def with_exp2(q, k, v, block):
+    """In base 2, and lse back in base e."""
+    log2_e = 1.4426950408889634
+    m, l, acc = torch.full((len(q), 1), -torch.inf), torch.zeros(len(q), 1), torch.zeros_like(q)
+    for j in range(0, k.shape[0], block):
+        s = q @ k.load(slice(j, j + block)).T * (log2_e / q.shape[1] ** 0.5)
+        new = torch.maximum(m, s.amax(1, keepdim=True))
+        p, old = torch.exp2(s - new), torch.exp2(m - new)
+        l, acc, m = l * old + p.sum(1, keepdim=True), acc * old + p @ v.load(slice(j, j + block)), new
+    return acc / l, ((m + torch.log2(l)) / log2_e)[:, 0]
+
+
+RIGHT = {"columns": in_columns, "blocks merged": by_merging, "exp2": with_exp2, "few rows": few_rows_at_a_time}
+
+
+def key_by_key(q, k, v, block):
+    """Right, and hopelessly slow for many keys."""
+    m, l, acc = torch.full((len(q),), -torch.inf), torch.zeros(len(q)), torch.zeros_like(q)
+    for j in range(k.shape[0]):
+        s = q @ k.load(slice(j, j + 1))[0] / q.shape[1] ** 0.5
+        new = torch.maximum(m, s)
+        p, old = torch.exp(s - new), torch.exp(m - new)
+        l, acc, m = l * old + p, acc * old[:, None] + p[:, None] * v.load(slice(j, j + 1)), new
+    return acc / l[:, None], m + l.log()
 
 
 def padded(q, k, v, block):
@@ -114,7 +152,9 @@ WRONG = [
     changed(in_columns, "torch.exp(m - new)", "torch.exp(new - m)", name="rescale upside down", told="exp(m − m_new)"),
     changed(in_columns, "torch.exp(", "torch.exp2(", name="base 2", told="base 2: multiply the scores"),
     changed(in_columns, "torch.log(l)", "torch.log2(l)", name="log2 of l", told="log2"),
-    changed(by_merging, "return out, lse", "return out, lse / 0.6931472", name="lse in base 2", told="lse is in base 2"),
+    changed(
+        by_merging, "return out, lse", "return out, lse / 0.6931472", name="lse in base 2", told="lse is in base 2"
+    ),
     changed(in_columns, "m + torch.log(l)", "torch.log(l)", name="lse without m", told="lse lacks the largest score"),
     changed(in_columns, "m + torch.log(l)", "m", name="lse is m", told="lse is the largest score alone"),
     changed(in_columns, "(m + torch.log(l))", "l", name="lse is l", told="lse is l, and not its logarithm"),
@@ -122,15 +162,60 @@ WRONG = [
     changed(in_columns, "acc / l,", "acc,", name="not divided", told="not divided by l"),
     changed(in_columns, " / q.shape[1] ** 0.5", "", name="no scale", told="1/√d is forgotten"),
     changed(in_columns, "q.shape[1] ** 0.5", "q.shape[1]", name="scaled twice", told="divided by d instead of √d"),
-    changed(in_columns, "range(0, k.shape[0], block)", "range(0, k.shape[0] - block + 1, block)", name="tail dropped",
-            told="the last keys are missing"),
+    changed(
+        in_columns,
+        "range(0, k.shape[0], block)",
+        "range(0, k.shape[0] - block + 1, block)",
+        name="tail dropped",
+        told="the last keys are missing",
+    ),
     changed(in_columns, "-torch.inf", "0.0", name="m starts at 0", told="m starts at −∞, not at 0"),
+    changed(
+        in_columns, "-torch.inf", "-1e4", name="m starts at -10000", told="m starts at −∞, not at 0, nor at another"
+    ),
+    changed(
+        in_columns,
+        "s.max(1, keepdim=True).values",
+        "s.max()",
+        name="one m for all rows",
+        told="m is one number for all rows",
+    ),
+    changed(
+        in_columns,
+        "torch.maximum(m, s.max(1, keepdim=True).values)",
+        "s.max(1, keepdim=True).values",
+        name="m of the block alone",
+        told="out is NaN",
+    ),
+    changed(with_exp2, "1.4426950408889634", "1.0", name="base 2 throughout", told="all is in base 2, lse too"),
+    changed(
+        in_columns,
+        "        m = new",
+        "        acc = acc / l\n        m = new",
+        name="divided in each block",
+        told="divided by l in every block",
+    ),
+    changed(
+        in_columns,
+        "        m = new\n    return acc / l",
+        "        acc = acc / l\n        m = new\n    return acc",
+        name="divided in each block only",
+        told="divided by l in every block",
+    ),
+    changed(
+        in_columns,
+        "return acc / l, (m + torch.log(l)).squeeze(1)",
+        "return acc / l",
+        name="no lse",
+        told="expected 2: out, lse",
+    ),
     Wrong("tail padded, not masked", padded, "padded and not masked"),
     Wrong("no largest score", no_maximum, "exp overflows: subtract the largest score so far"),
     Wrong("blocks averaged", blocks_averaged, "plain average of the blocks"),
     Wrong("all keys at once", all_at_once, "a score matrix, or all keys, would not fit"),
     Wrong("scores collected", scores_collected, "the scores, or copies, of all keys are in memory", kept=True),
     Wrong("copies kept", copies_kept, "the scores, or copies, of all keys are in memory", kept=True),
+    Wrong("key by key", key_by_key, "work on whole blocks: it calls torch more than 200,000 times", kept=True),
     Wrong("two passes", in_two_passes, "it reads k and v 1.5 times", kept=True),
     Wrong("half of the rows at a time", half_of_the_rows, "it reads k and v 2.0 times", kept=True),
 ]

@@ -95,11 +95,11 @@ def test_a_task_says_what_is_graded_and_has_three_folded_hints(task):
 
 def test_a_right_answer_is_told_so_case_by_case(merge):
     told = str(check(merge))
-    assert told.startswith("merge: right\n") and "  ✓ both parts are empty" in told
+    assert told.startswith("merge: right\n") and "  ✓ all are empty (3 parts)" in told
 
 
 def test_one_part_is_checked_alone(merge):
-    assert "both parts are empty" in str(check(merge, "empty"))
+    assert "all are empty" in str(check(merge, "empty"))
     assert "lse near 1000" not in str(check(merge, "empty"))
 
 
@@ -123,23 +123,47 @@ def test_a_task_that_is_not_begun_says_so():
 
 
 def test_an_error_in_the_answer_is_shown_with_its_line():
-    def merge(out_a, lse_a, out_b, lse_b):
-        return out_a * lse_a[..., None], lse_a
+    def merge(outs, lses):
+        return outs * lses[..., None], lses
 
-    with pytest.raises(NotYet, match="RuntimeError: (.|\n)*in the line: return out_a \\* lse_a"):
+    with pytest.raises(NotYet, match="RuntimeError: (.|\n)*in the line: return outs \\* lses"):
         check(merge)
 
 
 def test_each_wrong_case_stands_with_its_reason_and_the_right_ones_are_marked():
-    def merge(out_a, lse_a, out_b, lse_b):
-        return (lse_a - lse_b).sigmoid().transpose(1, 2)[..., None] * (out_a - out_b) + out_b, lse_a.logaddexp(lse_b)
+    def merge(outs, lses):
+        return (lses.softmax(0).transpose(2, 3)[..., None] * outs).sum(0), lses.logsumexp(0)
 
     with pytest.raises(NotYet) as complaint:
         check(merge, "empty")
     lines = str(complaint.value).splitlines()
     assert lines[0] == "merge: not yet, 2 of 4 cases wrong"
-    assert "  ✓ the left part is empty" in lines
-    assert lines[lines.index("  ✗ both parts are empty") + 1].startswith("      out is NaN at batch 0, query 0, head 0")
+    assert "  ✓ the first is empty (3 parts)" in lines
+    assert lines[lines.index("  ✗ some rows are empty (2 parts)") + 1].startswith("      ")
+    assert str(complaint.value).count("out is NaN at batch 0, query ") == 1
+
+
+def complaints(*told):
+    """What is said where the cases a, b, c … get these complaints, "" where they are right."""
+    cases = []
+    for title, complaint in zip("abcdef", told, strict=False):
+        def judge(*_, complaint=complaint):
+            if complaint:
+                raise NotYet(complaint)
+        cases.append(Case(title, judge))
+    with pytest.raises(NotYet) as complaint:
+        run(TASKS["merge"], print, cases)
+    return str(complaint.value).splitlines()[1:]
+
+
+def test_cases_with_the_same_complaint_stand_together_and_it_is_said_once():
+    lines = complaints("too large", "", "too small", "too large")
+    assert lines == ["  ✗ a", "  ✗ d", "      too large", "  ✓ b", "  ✗ c", "      too small"]
+
+
+def test_a_complaint_with_other_numbers_is_said_once_and_whose_numbers_they_are():
+    lines = complaints("lse has shape (5, 1)", "lse has shape (3, 1)", "out is 2.5e-3")
+    assert lines == ["  ✗ a", "  ✗ b", "      in the first of these: lse has shape (5, 1)", "  ✗ c", "      out is 2.5e-3"]
 
 
 def test_a_complaint_is_no_wider_than_a_cell():
@@ -156,10 +180,9 @@ def test_jupyter_shows_a_complaint_without_a_traceback():
 
 
 def test_an_answer_may_change_what_it_is_given(merge):
-    def spoiling(out_a, lse_a, out_b, lse_b):
-        result = merge(out_a, lse_a, out_b, lse_b)
-        for tensor in (out_a, lse_a, out_b, lse_b):
-            tensor.zero_()
+    def spoiling(outs, lses):
+        result = merge(outs, lses)
+        outs.zero_(), lses.zero_()
         return result
 
     check(named("merge", spoiling))
@@ -204,7 +227,7 @@ def test_progress_shows_every_task_and_which_are_done(merge):
     shown = text_of(course.progress())
     assert f"1 of {len(TASKS)} exercises done" in shown
     (line,) = [line for line in shown.splitlines() if " merge " in line]
-    assert "✓" in line and "25" in line and "●●○○○" in line
+    assert "✓" in line and "30" in line and "●●○○○" in line
     assert all(name in shown for name in TASKS)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from minillm.attention import flash_attention, naive_attention
-from minillm.measure import format_bytes, measure_memory
+from minillm.measure import format_bytes, measure_memory, memory
 from minillm.measure.memory import _account, _history_events
 
 KIB, MIB = 2**10, 2**20
@@ -121,6 +121,19 @@ def test_measuring_twice_gives_the_same_report():
     first, *others = [measure_memory(scaled_dot_product_attention, *inputs) for _ in range(5)]
     assert first.allocations > 0
     assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("calls", [1, 2, 7])
+def test_a_recording_that_is_emptied_on_the_way_loses_nothing(calls, monkeypatch):
+    def loop():
+        kept = [floats(i * KIB) for i in range(1, 40)]
+        for i in range(0, 39, 3):
+            kept[i] = kept[i] * 2 + kept[(i + 5) % 39][:1]
+        return kept[::2]
+
+    whole = measure_memory(loop)
+    monkeypatch.setattr(memory, "CALLS_BETWEEN_CUTS", calls)
+    assert measure_memory(loop) == whole
 
 
 def test_a_nested_measurement_counts_its_own_and_is_counted_outside():
