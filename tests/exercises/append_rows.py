@@ -61,7 +61,7 @@ WRONG = [
         told="are a copy",
     ),
     changed(
-        by_copy, "held_v, length + new", "held_v, length", name="old length", told="the new length is 4, expected 5"
+        by_copy, "held_v, length + new", "held_v, length", name="old length", told="the new length is 0, expected 4"
     ),
     changed(
         by_copy,

@@ -13,19 +13,21 @@ WRONG = [(name, wrong) for name in STOPS for wrong in ANSWERS[name].WRONG]
 
 
 @pytest.mark.parametrize(("name", "which"), RIGHT, ids=[f"{name}-{which}" for name, which in RIGHT])
-def test_a_right_answer_passes_on_any_inputs(name, which):
+def test_a_right_answer_passes_on_any_inputs(name, which, record_property):
     answers = {"model answer": STOPS[name].model_answer} | ANSWERS[name].RIGHT
     for seed in range(4):
         with fresh_inputs(seed):
             run(STOPS[name], answers[which], STOPS[name].cases())
+    record_property("exercise", (name, which, "right"))
 
 
 @pytest.mark.parametrize(("name", "wrong"), WRONG, ids=[f"{name}-{wrong.name}" for name, wrong in WRONG])
-def test_a_wrong_answer_is_told_what_is_wrong(name, wrong):
+def test_a_wrong_answer_is_told_what_is_wrong(name, wrong, record_property):
     for seed in range(2):
         with fresh_inputs(seed), pytest.raises(NotYet) as complaint:
             run(STOPS[name], wrong.function, STOPS[name].cases())
         assert wrong.told in " ".join(str(complaint.value).split())
+    record_property("exercise", (name, wrong.name, wrong.told))
 
 
 @pytest.mark.parametrize("name", STOPS)
