@@ -93,7 +93,7 @@ WRONG = [
     slip("mask=rows < n_q, other=0.0", "mask=rows < n_q", name="lse and delta without other", told="without other= is undefined"),
     slip(*EXCHANGED, name="D and BLOCK exchanged", told="in the line"),
     slip("rows[:, None] * D", "rows[:, None] * BLOCK", name="rows of BLOCK numbers", told="it lies at i * D"),
-    slip(*OF_16, name="tiles of 16", told="in the line"),
+    slip(*OF_16, name="tiles of 16", told="that is tiles of 16"),
     slip("range(begin, n_q", "range(0, n_q", name="hidden tiles too", told="begin at `begin`"),
     slip("do = tl.load", "q_tile = tl.load(q + places, mask=rows[:, None] < n_q, other=0.0)\n        do = tl.load",
          name="q loaded twice", told="load each once"),

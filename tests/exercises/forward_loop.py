@@ -91,7 +91,7 @@ def at_once(acc, m, l, q_tile, first, last, k, v, n_k, scale, D):
     row = np.arange(int(n_k.handle.data[0]))
     floats = np.ctypeslib.ctypes.c_float * (len(row) * D)
     memory = [np.ctypeslib.as_array(floats.from_address(int(x.handle.data[0]))).reshape(-1, D) for x in (k, v)]
-    scores = torch.from_numpy(q_tile.handle.data) @ torch.from_numpy(memory[0]).T * float(scale.handle.data[0])
+    scores = torch.from_numpy(q_tile.handle.data) @ torch.from_numpy(memory[0]).T * float(scale)
     hidden = (row[None] > last.handle.data[:, None]) | (row[None] < first.handle.data[:, None])
     scores = scores.masked_fill(torch.from_numpy(hidden), -torch.inf)
     largest = scores.amax(1)
@@ -130,7 +130,7 @@ WRONG = [
     slip(WHERE, "columns[None, :] >= 0 * first[:, None]", name="no mask", told="there is no mask"),
     slip(WHERE, "columns[None, :] <= last[:, None]", name="no left end", told="does not ask for first ≤ j"),
     slip(WHERE, "(columns[None, :] >= first[:, None]) & (columns < n_k)[None, :]", name="no right end",
-         told="there is no mask"),
+         told="does not ask for j ≤ last"),
     slip("columns = j + tl.arange", "columns = 0 + tl.arange", name="columns of the tile", told="from the tile's begin"),
     slip('s, float("-inf"))', "s, 0.0)", name="hidden keys have score 0", told="a hidden key has score 0"),
     slip('s, float("-inf"))', "s, -1e30)", name="hidden keys have a low score", told="a low score and not −∞"),
