@@ -36,7 +36,7 @@ def forward_case(
 
     def judge(function: Callable, generator: Generator) -> None:
         q, k, v = random_rows(n_q, n_k, d, generator, rising)
-        q, k = _apart(q, k, scale) if apart else (q * times, k)
+        q, k = rows_apart(q, k, scale) if apart else (q * times, k)
         inputs = (q, k, v, left, right, scale, block)
         (out,), seen = _launched("forward", function, *inputs)
         compare_results(
@@ -99,7 +99,7 @@ def _sizes(d: int, block: int) -> str:
     return f", D {d}, BLOCK {block}"
 
 
-def _apart(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def rows_apart(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Every other query gets scores that lie APART lower."""
     towards = torch.nn.functional.normalize(torch.ones(q.shape[1]), dim=0)
     q, k = (x - (x @ towards)[:, None] * towards for x in (q, k))
