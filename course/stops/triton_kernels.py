@@ -6,6 +6,7 @@ A module of its own, imported when it is needed: it needs Triton, and the other 
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 import torch
@@ -92,7 +93,9 @@ def _launch(kernel: Any, grid: tuple[int], *arguments: Any, **constants: int) ->
     kernel = getattr(kernel, "kernel", kernel)
     if not hasattr(kernel, "fn"):
         raise TypeError("this is no Triton function: keep the line @triton.jit above it")
-    if "raise NotImplementedError" in inspect.getsource(kernel.fn):  # on a GPU it would be an error of the compiler
+    if re.search(
+        r"^ *raise NotImplementedError", inspect.getsource(kernel.fn), re.MULTILINE
+    ):  # on a GPU it would be an error of the compiler
         raise NotImplementedError
     try:
         kernel[grid](*arguments, **constants)
