@@ -125,7 +125,7 @@ LOOP_MISTAKES = [
     Mistake("the scale is forgotten: multiply the scores by `scale`", _scaled(lambda d: 1.0)),
     Mistake("the scale is D ** -0.5: multiply the scores by the argument `scale`", _scaled(lambda d: d**-0.5)),
     Mistake("the exponentials are in base 2: tl.exp, or exp2 of scores · log2(e)", _slip(bases=(2, 2))),
-    Mistake("acc is divided by l inside the loop: the last line divides, once", _slip(divided="tile")),
+    Mistake("acc is divided by l already: the last line divides, once", _slip(divided="tile")),
     Mistake(
         "the largest score is that of the whole tile: each query has its own, tl.max(scores, 1)",
         lambda *inputs: forward_walk(*(x.float() if isinstance(x, Tensor) else x for x in inputs), whole_tile=True),

@@ -28,6 +28,13 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder  
 GUARD = 64 * 64  # numbers of NaN behind each tensor, four of the largest tiles
 
 
+SAID_BETTER = {
+    "reduction dimensions": "tl.dot takes (M, K) and (K, N). Is a tl.trans missing, or is a tile not (BLOCK, D)?",
+    "values to unpack": "return what the program takes from `inner`",
+    "cannot unpack": "return what the program takes from `inner`",
+}
+
+
 class Memory(NamedTuple):
     """Where a tensor lies: from the address `begin` up to `end`."""
 
@@ -130,7 +137,7 @@ def _refuse_strangers(addresses: np.ndarray, memory: list[Memory]) -> None:
     name, begin, end, rows, _ = before[0]
     raise IndexError(
         f"tl.load reads behind the end of {name}: row {(address - begin) * rows // (end - begin)}, where the last one "
-        f"is {rows - 1}. A mask= keeps it inside"
+        f"is {rows - 1}. Look at the mask and at the offsets"
     )
 
 
@@ -233,8 +240,7 @@ def _launch(kernel: Any, grid: tuple[int], *tensors: Any, **constants: Any) -> N
         cause: BaseException = error
         while cause.__cause__ is not None:  # the interpreter wraps an error once for each function it leaves
             cause = cause.__cause__
-        if "reduction dimensions" in str(cause):  # of tl.dot
-            cause = ValueError(f"{cause}: tl.dot takes (M, K) and (K, N). Is a tl.trans missing?").with_traceback(
-                cause.__traceback__
-            )
+        for part, more in SAID_BETTER.items():
+            if part in str(cause):
+                cause = ValueError(f"{cause}: {more}").with_traceback(cause.__traceback__)
         raise cause from None

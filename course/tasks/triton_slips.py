@@ -63,7 +63,7 @@ def _one_program(
     divided: str = "",
     step: int | None = None,
     row: int | None = None,
-    tail: bool = True,
+    tail: str = "",
 ) -> Tensor:
     """The online softmax over the tiles of keys; the options are slips.
 
@@ -75,12 +75,13 @@ def _one_program(
         whole_tile: whether the largest score is that of all queries.
         divided: by l after each "tile", or "twice" in the end.
         step, row: of the loop, and from one row of k and v to the next, block and d when right.
-        tail: whether a last tile that is not full is visited.
+        tail: where it is left out, a last tile that is not full: of the "walk" or of all "keys".
     """
     n_k, d = k.shape
     k, v = (pad(x, (0, 0, 0, 2 * block)).flatten().as_strided((n_k + block, d), (row or d, 1)) for x in (k, v))
     begin = int(first.min()) // block * block
-    stop = int(last.max()) + 1 if tail else (int(last.max()) + 1) // block * block
+    stop = int(last.max()) + 1
+    stop = {"": stop, "walk": stop // block * block, "keys": min(stop, n_k // block * block)}[tail]
     m, l, acc = q.new_full((len(q), 1), -torch.inf), q.new_zeros(len(q), 1), q.new_zeros(len(q), d)
     for j in range(begin, stop, step or block):
         keys = torch.arange(j, j + block)
@@ -91,7 +92,7 @@ def _one_program(
         p, rescale = bases[0] ** (scores - shift), bases[1] ** (m - shift)
         l = l * (rescale if "l" in rescaled else 1) + p.sum(-1, keepdim=True)
         acc = acc * (rescale if "acc" in rescaled else 1) + p @ v_tile
-        acc = acc / l if divided == "tile" else acc
+        acc = acc / l.masked_fill(l == 0, 1) if divided == "tile" else acc
         m = m_new if carried else m
     l = l.masked_fill(l == 0, 1)
     return acc / l / l if divided == "twice" else acc / l
@@ -133,7 +134,9 @@ def window_gradients(
         q, grad_out = (x.flatten().as_strided(x.shape, (row, 1)) for x in (q, grad_out))
     q, k, v, grad_out, lse, delta = (pad(x, (0, 0, 0, -len(x) % block)) for x in (q, k, v, grad_out, lse, delta))
     first = torch.arange(len(k)) - (n_k - n_q) if causal else torch.zeros(len(k))
-    seen = torch.arange(len(q))[:, None] >= (first - shift if shift is not None else torch.zeros(len(k)))
+    begin = first.view(-1, block)[:, 0].clamp(min=0) // block * block  # no query before it is visited
+    seen = torch.arange(len(q))[:, None] >= begin.repeat_interleave(block)
+    seen &= torch.arange(len(q))[:, None] >= (first - shift if shift is not None else -1)
     lse, delta = (_of_first_tile(x, block) if n in first_tile else x for n, x in (("lse", lse), ("delta", delta)))
     p = base ** (q @ k.T * (scale if scales[0] is None else scales[0]) - lse_factor * lse)
     p = p.masked_fill(~seen, 0)
@@ -182,11 +185,13 @@ def _other_rows(*inputs: Any) -> Tensor:
 SHRINK = "when the largest score rises, what was summed before must shrink"
 FORWARD_MISTAKES = [
     Mistake(
-        "there is no mask: key j is seen where first ≤ j ≤ last, and the score of any other is −∞, the tail's too",
+        "no key is hidden: the score of key j must be −∞ unless first ≤ j ≤ last, in the tail too",
         _seen_where(lambda keys, first, last, _: keys > -1),
     ),
+    Mistake("the mask does not ask for j ≤ last", _seen_where(lambda keys, first, last, _: keys >= first)),
     Mistake(
-        "the mask does not ask for j ≤ last", _seen_where(lambda keys, first, last, _: (keys >= first) & (keys > -1))
+        "the mask does not ask for j ≤ last",
+        lambda *inputs: forward_walk(*inputs, sees=lambda keys, first, *_: (keys >= first) & (keys < len(inputs[1]))),
     ),
     Mistake("the mask does not ask for first ≤ j", _seen_where(lambda keys, first, last, _: keys <= last)),
     Mistake(
@@ -225,10 +230,16 @@ FORWARD_MISTAKES = [
     Mistake("the exponentials are in base 2: multiply the scores by log2(e) first, or use exp", _forward(bases=(2, 2))),
     Mistake("P is in base 2, and the rescaling is in base e: one base for both", _forward(bases=(2, math.e))),
     Mistake("P is in base e, and the rescaling is in base 2: one base for both", _forward(bases=(math.e, 2))),
-    Mistake("acc is divided by l inside the loop: the program divides, once, at the end", _forward(divided="tile")),
+    Mistake("acc is divided by l already: the program divides, once, at the end", _forward(divided="tile")),
     Mistake("acc is divided by l already: the program divides, once, at the end", _forward(divided="twice")),
-    Mistake("the last keys are missing: the loop runs to stop, the tail included", _forward(tail=False)),
-    Mistake("row j of k and v is read at j * BLOCK: it lies at j * D", _other_rows),
+    Mistake("the last keys are missing: the loop runs to stop, the tail included", _forward(tail="walk")),
+    Mistake("the last keys are missing: the loop runs to stop, the tail included", _forward(tail="keys")),
+    Mistake(
+        lambda *inputs: (
+            f"row j of k and v is read at j * {inputs[-1]}: it lies at j * D, here j * {inputs[0].shape[1]}"
+        ),
+        _other_rows,
+    ),
     Mistake(
         "the loop steps by D: a tile has BLOCK keys", lambda *inputs: forward_walk(*inputs, step=inputs[0].shape[1])
     ),
@@ -290,5 +301,10 @@ BACKWARD_MISTAKES = [
     Mistake("P and dS are not transposed: dV = Pᵀ dO, dK = dSᵀ Q · scale (tl.trans)", _backward(turned="")),
     Mistake("dK is made of P: dK = dSᵀ Q · scale", _backward(dk_of_p=True)),
     Mistake("dP is made of K: dP = dO Vᵀ", _backward(dp_of="k")),
-    Mistake("row i of q and grad_out is read at i * BLOCK: it lies at i * D", _other_query_rows),
+    Mistake(
+        lambda *inputs: (
+            f"row i of q and grad_out is read at i * {inputs[-1]}: it lies at i * D, here i * {inputs[0].shape[1]}"
+        ),
+        _other_query_rows,
+    ),
 ]

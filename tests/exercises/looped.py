@@ -58,7 +58,7 @@ WRONG = [
     slip("* scale\n", "\n", name="no scale", told="the scale is forgotten"),
     slip("* scale\n", "* D ** -0.5\n", name="a scale of its own", told="the argument `scale`"),
     slip("tl.exp(", "tl.exp2(", name="base 2", told="in base 2"),
-    slip("        m = new\n", "        m = new\n        acc = acc / l[:, None]\n", name="divided in the loop", told="inside the loop"),
+    slip("        m = new\n", "        m = new\n        acc = acc / l[:, None]\n", name="divided in the loop", told="divided by l already"),
     slip("tl.max(s, 1)", "tl.max(s)", name="the largest of all queries", told="that of the whole tile"),
     slip("tl.trans(k_tile)", "k_tile", name="k as it is", told="in the line: s = tl.dot(q_tile, k_tile"),
     slip("columns[:, None] * stride", "columns[:, None] * D", name="rows without the stride", told="out is NaN"),
