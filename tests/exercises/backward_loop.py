@@ -84,7 +84,7 @@ WRONG = [
     slip("tl.dot(tl.trans(ds)", "tl.dot(ds", name="dS as it is", told="dS is not transposed"),
     slip("tl.dot(tl.trans(p)", "tl.dot(p", "tl.dot(tl.trans(ds)", "tl.dot(ds", name="P and dS as they are",
          told="P and dS are not transposed"),
-    slip("tl.trans(k_tile)", "k_tile", name="k as it is", told="Is a tl.trans missing?"),
+    slip("tl.trans(k_tile)", "k_tile", name="k as it is", told="Is a tl.trans missing"),
     slip("tl.load(lse + rows, mask=rows < n_q, other=0.0)", "tl.load(lse + rows)", name="lse without a mask",
          told="behind the end of lse: row 21, where the last one is 20"),
     slip("tl.load(delta + rows, mask=rows < n_q, other=0.0)", "tl.load(delta + rows)", name="delta without a mask",

@@ -146,7 +146,7 @@ WRONG = [
     slip("        m = new\n", "        m = new\n        acc = acc / tl.where(l == 0, 1, l)[:, None]\n",
          name="divided in the loop", told="divided by l already"),
     slip("return acc, m, l", "return acc, m", name="two results", told="return what the program takes"),
-    slip("tl.trans(load(k, j, n_k, D, BLOCK))", "load(k, j, n_k, D, BLOCK)", name="k as it is", told="Is a tl.trans missing?"),
+    slip("tl.trans(load(k, j, n_k, D, BLOCK))", "load(k, j, n_k, D, BLOCK)", name="k as it is", told="Is a tl.trans missing"),
     slip(ROW, ROW.replace("* D", "* BLOCK"), name="rows of BLOCK numbers", told="it lies at j * D"),
     slip(ROW, ROW.replace("* D", "* 16"), name="rows of 16 numbers", told="it lies at j * D"),
     slip("D, BLOCK)", "BLOCK, D)", name="D and BLOCK exchanged", told="a tile not (BLOCK, D)?"),
