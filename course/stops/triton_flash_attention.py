@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor
@@ -14,7 +14,7 @@ from course.tasks.cases import counted, kind_of_scores, random_rows
 from course.tasks.judge import Mistake, call, compare_results
 from course.tasks.task import Case, Task
 from course.tasks.triton_flash_attention import APART, rows_apart
-from course.tasks.triton_slips import SHRINK, forward_walk, inside, window_attention
+from course.tasks.triton_slips import SHRINK, forward_walk, inside, whole_tile, window_attention
 
 UNIT = "05_triton_flash_attention"
 
@@ -128,7 +128,7 @@ LOOP_MISTAKES = [
     Mistake("acc is divided by l already: the last line divides, once", _slip(divided="tile")),
     Mistake(
         "the largest score is that of the whole tile: each query has its own, tl.max(scores, 1)",
-        lambda *inputs: forward_walk(*(x.float() if isinstance(x, Tensor) else x for x in inputs), whole_tile=True),
+        whole_tile,
     ),
 ]
 
@@ -146,7 +146,7 @@ STOPS = [
                 _softmax_case(3, 17, block=32, times=100, asks="large numbers"),
             ]
         },
-        model_answer=InTriton("row_softmax"),
+        model_answer=cast(Callable, InTriton("row_softmax")),
     ),
     Task(
         "looped",
@@ -161,6 +161,6 @@ STOPS = [
                 _looped_case(37, block=32, d=16, apart=True, asks="each query has its own largest score"),
             ]
         },
-        model_answer=InTriton("looped"),
+        model_answer=cast(Callable, InTriton("looped")),
     ),
 ]

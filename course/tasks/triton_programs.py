@@ -65,7 +65,7 @@ def launch(program: str, inner_loop: Any, *inputs: Any) -> list:
     """
     if not isinstance(inner_loop, InterpretedFunction):
         raise TypeError("this is no Triton function: keep the line @triton.jit above it")
-    launched = {"forward": launch_forward, "backward": launch_backward}[program]
+    launched: Any = {"forward": launch_forward, "backward": launch_backward}[program]
     with watched() as seen:
         results = launched(inner_loop, *inputs)
     return [*results, seen.dots, seen.loaded]

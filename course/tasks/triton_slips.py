@@ -41,8 +41,9 @@ def forward_walk(
     q: Tensor, k: Tensor, v: Tensor, left: int, right: int, scale: float, block: int, **slips: Any
 ) -> Tensor:
     """What the program stores with a loop that has the slips of `_one_program`."""
-    parts = (x.split(block) for x in (q, *window(len(q), len(k), left, right)))
-    return torch.cat([_one_program(*part, k, v, scale, block, **slips) for part in zip(*parts, strict=True)])
+    firsts, lasts = window(len(q), len(k), left, right)
+    parts = zip(q.split(block), firsts.split(block), lasts.split(block), strict=True)
+    return torch.cat([_one_program(x, first, last, k, v, scale, block, **slips) for x, first, last in parts])
 
 
 def _one_program(
@@ -182,6 +183,12 @@ def _other_rows(*inputs: Any) -> Tensor:
     return forward_walk(*inputs, row=block if block < d else d)
 
 
+def whole_tile(*inputs: Any) -> Tensor:
+    """With the largest score of all queries; in fp32, where the others' P are 0."""
+    narrow: list[Any] = [x.float() if isinstance(x, Tensor) else x for x in inputs]
+    return forward_walk(*narrow, whole_tile=True)
+
+
 SHRINK = "when the largest score rises, what was summed before must shrink"
 FORWARD_MISTAKES = [
     Mistake(
@@ -245,7 +252,7 @@ FORWARD_MISTAKES = [
     ),
     Mistake(
         "the largest score is that of the whole tile: each query has its own, tl.max(scores, 1)",
-        lambda *inputs: forward_walk(*(x.float() if isinstance(x, Tensor) else x for x in inputs), whole_tile=True),
+        whole_tile,
     ),
 ]
 
@@ -256,7 +263,13 @@ def _backward(**slips: Any) -> Callable[..., tuple[Tensor, Tensor]]:
 
 def _other_scales(*factors: Callable[[int, float], float] | None) -> Callable[..., tuple[Tensor, Tensor]]:
     """In place of the scale, by d and the scale: of the scores, and of dK."""
-    return lambda *x: window_gradients(*x, scales=[f and f(x[0].shape[1], x[5]) for f in factors])
+    of_scores, of_dk = factors
+
+    def answer(*x: Any) -> tuple[Tensor, Tensor]:
+        d, scale = x[0].shape[1], x[5]
+        return window_gradients(*x, scales=(of_scores and of_scores(d, scale), of_dk and of_dk(d, scale)))
+
+    return answer
 
 
 def _root(d: int, _: float) -> float:
