@@ -9,47 +9,109 @@ import torch
 from torch import Generator, Tensor
 
 from course.tasks.cases import counted, kind_of_scores, lengths, random_rows
-from course.tasks.judge import Mistake, call, compare_results
-from course.tasks.mistakes import EVERY_KEY, masked_scores, of_base, of_delta, of_rescale, online_softmax
+from course.tasks.judge import call, compare_results
 from course.tasks.task import Case, NotYet, Task
+from course.tasks.triton_slips import BACKWARD_MISTAKES, FORWARD_MISTAKES, window, window_attention, window_gradients
 
-BLOCK = 16  # queries and keys in a tile, as in `triton_programs`
 ROWS = {"out": ("query", "dim")}
 GRADS = {"grad_k": ("key", "dim"), "grad_v": ("key", "dim")}
+APART = 200  # how far the scores of every other query lie below those of its neighbours, where rows are `apart`
 
 
-def forward_case(n_q: int, n_k: int, *, causal: bool = False, times: float = 1, rising: bool = False, asks: str = ""):
-    """One head, d = 16; q is multiplied by `times`; with `rising`, each score is larger than the last."""
+def forward_case(
+    n_q: int,
+    n_k: int,
+    *,
+    left: int = -1,
+    right: int = -1,
+    d: int = 32,
+    block: int = 16,
+    scale: float = 0.3,
+    times: float = 1,
+    rising: bool = False,
+    apart: bool = False,
+    asks: str = "",
+):
+    """One head; q is multiplied by `times`; with `rising`, each score is larger than the last."""
 
     def judge(function: Callable, generator: Generator) -> None:
-        q, k, v = random_rows(n_q, n_k, 16, generator, rising)
-        nan = "is −∞ minus −∞ computed for a row that sees no key yet, or is l still 0?"
-        inputs = (q * times, k, v, causal)
-        out, seen = _launched("forward", function, *inputs)
-        compare_results(out, inputs, _exact, results=ROWS, mistakes=FORWARD_MISTAKES, asks=asks, nan=nan, times=times)
-        _judge_work(seen, _forward_work(n_q, n_k, causal))
+        q, k, v = random_rows(n_q, n_k, d, generator, rising)
+        q, k = rows_apart(q, k, scale) if apart else (q * times, k)
+        inputs = (q, k, v, left, right, scale, block)
+        (out,), seen = _launched("forward", function, *inputs)
+        compare_results(
+            out,
+            inputs,
+            window_attention,
+            results=ROWS,
+            mistakes=FORWARD_MISTAKES,
+            asks=asks,
+            nan=_nan_out(n_q, n_k, left, right, block),
+            times=APART / 4 if apart else times,
+        )
+        _judge_work(seen, *_forward_works(n_q, n_k, left, right, d, block))
 
-    mask = "causal" if causal else "no mask"
-    return Case(f"{lengths(n_q, n_k)}, {mask}{kind_of_scores(times, rising)}", judge)
+    kind = ", every other query's scores are far below" if apart else kind_of_scores(times, rising)
+    return Case(f"{lengths(n_q, n_k)}, {_sees(left, right)}{_sizes(d, block)}{kind}", judge)
 
 
-def backward_case(n_q: int, n_k: int, *, causal: bool = False, asks: str = "") -> Case:
+def backward_case(
+    n_q: int, n_k: int, *, causal: bool = False, d: int = 32, block: int = 16, scale: float = 0.3, asks: str = ""
+) -> Case:
     """A comparison of `backward_program` on random inputs, gradients and counted launches included."""
 
     def judge(function: Callable, generator: Generator) -> None:
-        q, k, v = random_rows(n_q, n_k, 16, generator)
-        grad_out = torch.randn(n_q, 16, generator=generator)
-        inputs = (q, k, v, grad_out, causal)
+        q, k, v = random_rows(n_q, n_k, d, generator)
+        grad_out = torch.randn(n_q, d, generator=generator)
+        inputs = (q, k, v, grad_out, causal, scale, block)
         grads, seen = _launched("backward", function, *inputs)
         compare_results(
-            grads, inputs, _exact_grads, results=GRADS, mistakes=BACKWARD_MISTAKES, asks=asks, nan=NAN_GRAD, factor=3
+            grads,
+            inputs,
+            window_gradients,
+            results=GRADS,
+            mistakes=BACKWARD_MISTAKES,
+            asks=asks,
+            nan=NAN_GRAD,
+            factor=3,
         )
-        _judge_work(seen, _backward_work(n_q, n_k, causal))
+        _judge_work(seen, *_backward_works(n_q, n_k, causal, d, block))
 
-    return Case(f"{lengths(n_q, n_k)}, {'causal' if causal else 'no mask'}", judge)
+    return Case(f"{lengths(n_q, n_k)}, {'causal' if causal else 'no mask'}{_sizes(d, block)}", judge)
 
 
-NAN_GRAD = "exp overflows where a hidden key is not masked, or where lse is not subtracted"
+UNDEFINED = "a masked tl.load without other= is undefined, and NaN here"
+NAN_GRAD = f"exp overflows where a hidden key is not masked, or where lse is not subtracted; or {UNDEFINED}"
+
+
+def _nan_out(n_q: int, n_k: int, left: int, right: int, block: int) -> str:
+    """What may make NaN: in this case, is there a query whose first tile shows it no key?"""
+    tiles = zip(*(x.split(block) for x in window(n_q, n_k, left, right)), strict=True)
+    if any(((first >= first.min() // block * block + block) | (first > last)).any() for first, last in tiles):
+        return (
+            "while a query has seen no key, m is −∞, and −∞ − (−∞) is NaN: subtract 0 there. "
+            f"Or exp overflows where m falls; or {UNDEFINED}"
+        )
+    return f"exp overflows where m is no maximum, or falls; or {UNDEFINED}"
+
+
+def _sees(left: int, right: int) -> str:
+    before = "all keys before it" if left < 0 else f"{left} keys before it" if left else "no key before it"
+    if right < 0:
+        return "no mask" if left < 0 else f"each sees {before}, and all behind"
+    return "causal" if (left, right) == (-1, 0) else f"each sees {before}, {right} behind"
+
+
+def _sizes(d: int, block: int) -> str:
+    return f", D {d}, BLOCK {block}"
+
+
+def rows_apart(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Every other query gets scores that lie APART lower."""
+    towards = torch.nn.functional.normalize(torch.ones(q.shape[1]), dim=0)
+    q, k = (x - (x @ towards)[:, None] * towards for x in (q, k))
+    q[1::2] -= APART / (4 * scale) * towards
+    return q, k + 4 * towards
 
 
 class Work(NamedTuple):
@@ -60,28 +122,48 @@ class Work(NamedTuple):
     most: int
 
 
-def _forward_work(n_q: int, n_k: int, causal: bool, d: int = 16) -> Work:
-    """Two products a tile; its keys and values, of which the tile on the diagonal needs some only."""
-    stops = [min(i + BLOCK, n_q) + n_k - n_q if causal else n_k for i in range(0, n_q, BLOCK)]
-    tiles = [-(-stop // BLOCK) for stop in stops]
+def _forward_works(n_q: int, n_k: int, left: int, right: int, d: int, block: int) -> tuple[Work, dict[int, str]]:
+    """Two products a tile; its keys and values, of which the tiles at the window's ends need some only."""
+    bounds = [
+        (int(first.min()) // block * block, max(0, int(last.max()) + 1), int(first.min()))
+        for first, last in zip(*(x.split(block) for x in window(n_q, n_k, left, right)), strict=True)
+    ]
+    tiles = [max(0, -(-(stop - begin) // block)) for begin, stop, _ in bounds]
     around = n_q * d  # the program's own
-    return Work(
+    work = Work(
         dots=2 * sum(tiles),
-        least=around + 2 * d * sum(stops),
-        most=around + 2 * d * sum(min(n_k, BLOCK * count) for count in tiles),
+        least=around + 2 * d * sum(max(0, stop - first) for _, stop, first in bounds),
+        most=around
+        + 2 * d * sum(max(0, min(n_k - b[0], block * count)) for b, count in zip(bounds, tiles, strict=True)),
     )
+    ceil = [(-(-stop // block), -(-(n_k - begin) // block), -(-n_k // block)) for begin, stop, _ in bounds]
+    from_0, to_end, both = (2 * sum(counts) for counts in zip(*ceil, strict=True))
+    narrow = 2 * sum(max(0, -(-(stop - begin) // 16)) for begin, stop, _ in bounds)
+    return work, {
+        from_0: "that is all tiles from key 0 on: begin at `begin`",
+        to_end: "that is all tiles up to the last key: stop at `stop`",
+        both: "that is every tile of keys: walk from `begin` to `stop`",
+        narrow: NARROW,
+    }
 
 
-def _backward_work(n_q: int, n_k: int, causal: bool, d: int = 16) -> Work:
+NARROW = "that is a tile every 16 rows: a tile has BLOCK rows, whatever that is"
+
+
+def _backward_works(n_q: int, n_k: int, causal: bool, d: int, block: int) -> tuple[Work, dict[int, str]]:
     """Four products a tile; its queries, their gradients, lse and δ."""
-    firsts = [max(0, j - (n_k - n_q)) if causal else 0 for j in range(0, n_k, BLOCK)]
-    begins = [first // BLOCK * BLOCK for first in firsts]
+    firsts = [max(0, j - (n_k - n_q)) if causal else 0 for j in range(0, n_k, block)]
+    begins = [first // block * block for first in firsts]
     around = 2 * n_k * d
-    return Work(
-        dots=4 * sum(-(-(n_q - begin) // BLOCK) for begin in begins),
+    work = Work(
+        dots=4 * sum(-(-(n_q - begin) // block) for begin in begins),
         least=around + 2 * d * sum(n_q - first for first in firsts),
         most=around + (2 * d + 2) * sum(n_q - begin for begin in begins),
     )
+    return work, {
+        4 * len(begins) * -(-n_q // block): "that is every tile of queries: begin at `begin`",
+        4 * sum(-(-(n_q - begin) // 16) for begin in begins): NARROW,
+    }
 
 
 def _launched(program: str, loop: Callable, *inputs: Any) -> tuple[Any, tuple[int, int]]:
@@ -98,7 +180,7 @@ def _launched(program: str, loop: Callable, *inputs: Any) -> tuple[Any, tuple[in
     return results, (dots, loaded)
 
 
-def _judge_work(seen: tuple[int, int], work: Work) -> None:
+def _judge_work(seen: tuple[int, int], work: Work, slips: dict[int, str]) -> None:
     """Whether the products and the loads of the visible tiles, and no others, were done in Triton."""
     dots, loaded = seen
     if dots < work.dots or loaded < work.least:
@@ -107,92 +189,12 @@ def _judge_work(seen: tuple[int, int], work: Work) -> None:
             f"{work.dots} and {work.least}: tl.load and tl.dot must do the work, in a loop over the tiles"
         )
     if dots > work.dots:
+        slip = slips.get(dots, "skip those that no query sees, and compute each product once")
         raise NotYet(
-            f"right, but with {counted(dots, 'call')} of tl.dot, where the visible tiles take {work.dots}: "
-            "skip those that no query sees, and compute each product once"
+            f"right, but with {counted(dots, 'call')} of tl.dot, where the visible tiles take {work.dots}: {slip}"
         )
     if loaded > 1.1 * work.most:
-        raise NotYet(
-            f"right, but it loads {loaded} numbers, where the visible tiles have {work.most}: load each once, "
-            "and nothing behind the last row (mask=)"
-        )
-
-
-def _exact(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    return masked_scores(q, k, causal=causal).softmax(-1) @ v
-
-
-def _loop(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    *,
-    scale: float | None = None,
-    shift: int = 0,
-    tail: bool = True,
-    **slips: Any,
-) -> Tensor:
-    """The loop over tiles of keys, with the slips of `online_softmax`."""
-    scores = masked_scores(q, k, causal=causal, scale=scale, shift=shift)
-    stop = len(k) if tail else len(k) // BLOCK * BLOCK
-    return online_softmax(scores[:, :stop], v[:stop], BLOCK, **slips)[0]
-
-
-FORWARD_MISTAKES = [
-    Mistake("there is no mask: key j is seen where j ≤ last", lambda q, k, v, _: _loop(q, k, v, False)),
-    Mistake(
-        "there is no mask: the tail is loaded as zeros, and a key of zeros has score 0, not −∞",
-        lambda q, k, v, _: _loop(q, k, v, False, padded=True),
-    ),
-    Mistake("your mask is off by one: a query sees its last key too, j ≤ last", lambda *x: _loop(*x, shift=-1)),
-    Mistake("your mask is off by one: each query sees one key too many", lambda *x: _loop(*x, shift=1)),
-    *of_rescale(_loop),
-    Mistake("the scale is forgotten: multiply the scores by it", lambda *x: _loop(*x, scale=1.0)),
-    of_base(_loop),
-    Mistake("the last keys are missing: the loop runs to stop, the tail included", lambda *x: _loop(*x, tail=False)),
-]
-
-
-def _exact_grads(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    grad_out: Tensor,
-    causal: bool,
-    *,
-    delta: float = 1,
-    scale: float | None = None,
-    shift: int = 0,
-    normalised: bool = True,
-    dk_of_p: bool = False,
-    dp_of: str = "v",
-) -> tuple[Tensor, Tensor]:
-    """Algorithm 2's formulas for dK and dV, with slips as options."""
-    right = masked_scores(q, k, causal=causal)
-    lse = right.logsumexp(-1, keepdim=True)
-    rows = (right - lse).exp() @ v
-    p = (masked_scores(q, k, causal=causal, shift=shift) - (lse if normalised else 0)).exp()
-    dp = grad_out @ (v if dp_of == "v" else k).T
-    ds = p * (dp - delta * (rows * grad_out).sum(-1, keepdim=True))
-    grad_k = (p if dk_of_p else ds).T @ q * (q.shape[1] ** -0.5 if scale is None else scale)
-    return grad_k, p.T @ grad_out
-
-
-BACKWARD_MISTAKES = [
-    *of_delta(_exact_grads),
-    Mistake("the scale is forgotten: dK = dSᵀ Q · scale", lambda *x: _exact_grads(*x, scale=1.0)),
-    Mistake("the scale is there twice: dK = dSᵀ Q · scale", lambda *x: _exact_grads(*x, scale=1 / x[0].shape[1])),
-    Mistake(
-        "there is no mask: a query before first must not see the key",
-        lambda *x: _exact_grads(*x, shift=EVERY_KEY),
-    ),
-    Mistake("your mask is off by one: the query at first sees the key", lambda *x: _exact_grads(*x, shift=-1)),
-    Mistake("your mask is off by one: the query before first does not see it", lambda *x: _exact_grads(*x, shift=1)),
-    Mistake("P is not normalised: P = exp(S − lse)", lambda *x: _exact_grads(*x, normalised=False)),
-    Mistake("dK is made of P: dK = dSᵀ Q · scale", lambda *x: _exact_grads(*x, dk_of_p=True)),
-    Mistake("dP is made of K: dP = dO Vᵀ", lambda *x: _exact_grads(*x, dp_of="k")),
-]
+        raise NotYet(f"right, but it loads {loaded} numbers, where the visible tiles have {work.most}: load each once")
 
 
 TASKS = [
@@ -205,18 +207,23 @@ TASKS = [
             "result": [
                 forward_case(16, 16, asks="one tile of each: scores, softmax, values"),
                 forward_case(32, 64, asks="four tiles of keys: is the online softmax right?"),
+                forward_case(32, 64, d=16, block=32, asks="D is 16 and BLOCK is 32 here"),
             ],
             "tail": [
                 forward_case(5, 9, asks="one tile, not full"),
                 forward_case(20, 43, asks="the third tile has 11 keys"),
             ],
-            "causal": [
-                forward_case(16, 16, causal=True, asks="key j is seen where j ≤ last"),
-                forward_case(40, 43, causal=True, asks="last is a row of numbers, one a query"),
+            "window": [
+                forward_case(40, 43, right=0, asks="last is a row of numbers, one a query"),
+                forward_case(40, 75, left=20, right=0, asks="first is one too, and the walk begins at begin"),
+                forward_case(30, 60, left=3, right=5, d=16, block=32, asks="few keys of each tile are seen"),
+                forward_case(24, 10, right=0, asks="the first 14 queries see no key: out is 0"),
             ],
             "numbers": [
                 forward_case(9, 150, rising=True, asks="each tile has a new largest score"),
-                forward_case(17, 40, causal=True, times=30, asks="does it hold for large scores too?"),
+                forward_case(17, 40, times=100, asks="does it hold for large scores too?"),
+                forward_case(17, 40, left=18, right=0, times=30),
+                forward_case(16, 40, apart=True, asks="each query has its own largest score"),
             ],
         },
     ),
@@ -229,6 +236,7 @@ TASKS = [
             "result": [
                 backward_case(16, 16, asks="one tile: P = exp(S − lse), dP = dO Vᵀ, dS = P ∘ (dP − δ)"),
                 backward_case(48, 32, asks="is the sum over all tiles of queries there?"),
+                backward_case(64, 32, d=16, block=32, asks="D is 16 and BLOCK is 32 here"),
             ],
             "tail": [backward_case(21, 9), backward_case(5, 40)],
             "causal": [

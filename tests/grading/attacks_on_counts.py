@@ -91,16 +91,18 @@ ON_COUNTS = {
         answer="""
             import numpy as np
             @triton.jit
-            def forward_loop(acc, m, l, q_tile, last, k, v, stop, n_k, scale, D: tl.constexpr, BLOCK: tl.constexpr):
-                return at_once(acc, m, l, q_tile, last, k, v, n_k)
-            def at_once(acc, m, l, q_tile, last, k, v, n_k):
+            def forward_loop(
+                acc, m, l, q_tile, first, last, k, v, begin, stop, n_k, scale, D: tl.constexpr, BLOCK: tl.constexpr
+            ):
+                return at_once(acc, m, l, q_tile, first, last, k, v, n_k, scale, D)
+            def at_once(acc, m, l, q_tile, first, last, k, v, n_k, scale, D):
                 rows = int(n_k.handle.data[0])
-                floats = np.ctypeslib.ctypes.c_float * (rows * 16)
-                read = lambda x: np.ctypeslib.as_array(floats.from_address(int(x.handle.data[0]))).reshape(-1, 16)
-                scores = q_tile.handle.data @ read(k).T / 4
-                scores[np.arange(rows) > last.handle.data[:, None]] = -np.inf
+                floats = np.ctypeslib.ctypes.c_float * (rows * D)
+                read = lambda x: np.ctypeslib.as_array(floats.from_address(int(x.handle.data[0]))).reshape(-1, D)
+                scores, keys = q_tile.handle.data @ read(k).T * np.float32(scale), np.arange(rows)
+                scores[(keys > last.handle.data[:, None]) | (keys < first.handle.data[:, None])] = -np.inf
                 top = scores.max(1)
-                p = np.exp(scores - top[:, None])
+                p = np.nan_to_num(np.exp(scores - top[:, None]))
                 acc.handle.data, m.handle.data, l.handle.data = p @ read(v), top, p.sum(1)
                 return acc, m, l
         """,
