@@ -178,10 +178,6 @@ def _with_lse(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., tuple
     return answer
 
 
-def _empty_as(instead: float) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda m, lse: lse.masked_fill(lse == -torch.inf, instead)
-
-
 def _averaged(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Right, but that a query without keys gets the mean of all values."""
     out, lse = _attention(q, k, v)
@@ -290,9 +286,9 @@ MISTAKES = [
         "lse is the logarithm of exp of the scores, which is 0 or ∞ where they are low or large: m + log l is safe",
         _with_lse(lambda m, lse: lse.float().exp().log().to(lse)),
     ),
-    *(
-        Mistake(f"lse of a query that sees no key must be −∞, not {instead:g}", _with_lse(_empty_as(instead)))
-        for instead in (0, torch.inf)
+    Mistake(  # a tiny number, not 0: NaN in an answer may stand for a mistake's 0
+        "lse of a query that sees no key must be −∞, not 0",
+        _with_lse(lambda m, lse: lse.masked_fill(lse == -torch.inf, 1e-30)),
     ),
     Mistake(
         "nan_to_num has turned the −∞ in lse into a finite number: a query that sees no key has lse −∞",
