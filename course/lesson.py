@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from IPython.display import Markdown
 from torch import Tensor
 
+from course.source import show_source
 from minillm.corpus import BOT, user_turn
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
+__all__ = ["most_watched", "question", "show_source", "stored_result", "tokenize"]
+
 QUOTED_MACHINE = "amd-epyc-2-threads"
-
-
-def show_source(function: Callable) -> Markdown:
-    """A function's source as the package has it, highlighted."""
-    return Markdown(f"```python\n{inspect.getsource(function)}```")
 
 
 def stored_result(name: str, machine: str = QUOTED_MACHINE) -> dict:

@@ -33,6 +33,7 @@ FILES = {
     "measure/test_roofline.py": ("lesson00", "lesson01", "lesson03", "lesson04"),
     "measure/test_traffic.py": ("lesson01", "lesson03"),
     "peers": ("lesson05",),
+    "test_answers.py": ALL,
     "test_checkpoint.py": ("lesson01", "lesson04"),
     "test_claims.py": ALL,
     "test_colab.py": ALL,

@@ -48,6 +48,8 @@ class Task:
         minutes: that it takes.
         difficulty: 1 to 5.
         parts: the public cases, by what they are about.
+        model_answer: of a writing stop, the few lines that a lesson asks for before it shows how the package does it.
+            An exercise has its answer in `solutions/`.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Task:
     minutes: int
     difficulty: int
     parts: dict[str, list[Case]]
+    model_answer: Callable | None = None
 
     def cases(self, part: str | None = None) -> list[Case]:
         """The cases of a part, or of all.

@@ -6,7 +6,8 @@ from contextlib import redirect_stdout
 import pytest
 
 from tools.run_tests import ROOT
-from course.tasks import TASKS, NotYet, check, fresh_inputs
+from course.answers import check
+from course.tasks import TASKS, NotYet, fresh_inputs
 from course.tasks.task import run
 from tests.exercises.answers import right_answers, tasks_with_answers, graded_cells, wrong_answers
 
