@@ -11,7 +11,9 @@ LAB_ARGS ?=
 ARGS ?=
 OUT ?=
 
-LESSON_00 := /lab/tree/notebooks/00_start_here.ipynb
+# `make lab FRESH=1` opens copies of the lessons without outputs, which are yours: my_lessons/.
+FRESH ?=
+LESSON_00 := /lab/tree/$(if $(FRESH),my_lessons,notebooks)/00_start_here.ipynb
 
 # Jupyter refuses to start as root, who is the only user of most containers.
 ROOT_ARGS := $(if $(filter 0,$(shell id -u)),--allow-root)
@@ -21,7 +23,8 @@ ROOT_ARGS := $(if $(filter 0,$(shell id -u)),--allow-root)
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
-lab: setup ## set up, then open the course in JupyterLab
+lab: setup ## set up, then open the course in JupyterLab; FRESH=1: in copies of the lessons without outputs
+	@$(if $(FRESH),$(VENV) -m tools.fresh)
 	@$(VENV) -m jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=$(LESSON_00) $(ROOT_ARGS) $(LAB_ARGS)
 
 test: setup ## set up, then lint, type check, tests, and every notebook

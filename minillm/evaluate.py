@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
 from minillm.checkpoint import load_checkpoint
-from minillm.corpus import ABSTENTION, CATEGORIES, bot_turn, random_facts, small_talk, user_turn
+from minillm.corpus import ABSTENTION, CATEGORIES, Fact, bot_turn, random_facts, small_talk, user_turn, values_of
 from minillm.model import MiniLLM
 
 FACTS = (1, 3, 5, 7)
@@ -28,7 +28,7 @@ Dialogue = tuple[str, str]  # what the person says, and the bot's answer
 
 
 def evaluate(model: MiniLLM, tokenizer: Tokenizer, dialogues_per_cell: int = 100, seed: int = 1) -> dict:
-    """Share of right answers by number of facts and distance, to known and to unknown questions.
+    """Share of right answers by number of facts and distance: to what was said, said twice, and not said.
 
     Args:
         model, tokenizer: from `load_checkpoint`.
@@ -36,11 +36,11 @@ def evaluate(model: MiniLLM, tokenizer: Tokenizer, dialogues_per_cell: int = 100
         seed: of the dialogues.
 
     Returns:
-        {"recall" or "abstention": {"facts, gap": share}}, gap in tokens between fact and question (for
+        {"recall", "latest" or "abstention": {"facts, gap": share}}, gap in tokens between fact and question (for
         abstention: between the first sentence and the question), and the mean of each under "mean".
     """
     results: dict = {}
-    kinds = {"recall": recall_dialogue, "abstention": abstention_dialogue}
+    kinds = {"recall": recall_dialogue, "latest": change_dialogue, "abstention": abstention_dialogue}
     progress = tqdm(total=len(kinds) * len(FACTS) * len(GAPS), desc="evaluate", unit="cell")
     for kind, make in kinds.items():
         results[kind] = {}
@@ -57,9 +57,20 @@ def evaluate(model: MiniLLM, tokenizer: Tokenizer, dialogues_per_cell: int = 100
 
 def recall_dialogue(rng: random.Random, num_facts: int, gap: int, tokenizer: Tokenizer) -> Dialogue:
     """A question about a fact that was stated at least `gap` tokens before it, among others."""
-    asked, *others = random_facts(rng, num_facts, held_out=True)
+    return _recall(rng, random_facts(rng, num_facts, held_out=True), [], gap, tokenizer)
+
+
+def change_dialogue(rng: random.Random, num_facts: int, gap: int, tokenizer: Tokenizer) -> Dialogue:
+    """The same, and before the fact another value of it was stated: the last statement counts."""
+    facts = random_facts(rng, num_facts, held_out=True)
+    value = rng.choice([value for value in values_of(facts[0].category, held_out=True) if value != facts[0].value])
+    return _recall(rng, facts, [Fact(facts[0].category, value).statement], gap, tokenizer)
+
+
+def _recall(rng: random.Random, facts: list[Fact], earlier: list[str], gap: int, tokenizer: Tokenizer) -> Dialogue:
+    asked, *others = facts
     cut = rng.randint(0, len(others))
-    before = [fact.statement for fact in others[:cut]] + [small_talk(rng) for _ in range(2)]
+    before = [fact.statement for fact in others[:cut]] + [small_talk(rng) for _ in range(2)] + earlier
     after = fill_up([fact.statement for fact in others[cut:]], gap, rng, tokenizer)
     rng.shuffle(before)
     sentences = [*before, asked.statement, *after, asked.category.question]
@@ -119,7 +130,7 @@ def main() -> None:
     options = parser.parse_args()
     model, tokenizer = load_checkpoint(options.folder)
     results = evaluate(model, tokenizer, options.dialogues)
-    for kind in ("recall", "abstention"):
+    for kind in results:
         Console().print(table(results, kind))
     if options.write:
         cells = len(FACTS) * len(GAPS)

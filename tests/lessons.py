@@ -46,6 +46,7 @@ FILES = {
     "test_doctor.py": ("lesson00",),
     "test_examples.py": ALL,
     "test_families.py": ("lesson04",),
+    "test_fresh.py": ALL,
     "test_generate.py": ("lesson04",),
     "test_generate_changes.py": ("lesson04",),
     "test_house.py": ALL,

@@ -179,6 +179,10 @@ class Notebook:
         outputs = self.panel.locator(".jp-OutputArea-output").filter(has=self.panel.page.locator(CONTROL))
         return [Widget(output) for output in outputs.all()]
 
+    def folded_sources(self) -> list[Locator]:
+        """The pieces of code that are closed until they are clicked."""
+        return self.panel.locator(".jp-OutputArea-output details").filter(has=self.panel.page.locator("pre")).all()
+
     def cell(self, text: str) -> Locator:
         """The code cell whose source has this text."""
         return self.code_cells.filter(has=self.panel.page.locator(".cm-content").filter(has_text=text))

@@ -22,7 +22,8 @@ def lesson(request, lab):
 def test_a_lesson_runs_its_widgets_follow_their_controls_and_nothing_leaves_this_machine(lesson, lab):
     cells = json.loads(lesson.path.read_text(encoding="utf-8"))["cells"]
     pictures = [output for cell in cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
-    with_widgets = [cell for cell in cells if cell["cell_type"] == "code" and "widgets." in "".join(cell["source"])]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    with_widgets = [source for source in code if "widgets." in source or 'predict("' in source]
 
     lesson.read_through(len(pictures))
     assert not lesson.without_alt_text(), "as it is stored"
@@ -42,6 +43,11 @@ def test_a_lesson_runs_its_widgets_follow_their_controls_and_nothing_leaves_this
             widget.changes_with(widget.press_key, control)
         for control in widget.controls:
             widget.changes_with(widget.use_mouse, control)
+
+    for source in lesson.folded_sources():
+        source.locator("summary").click()
+        code = source.locator("pre")
+        assert code.is_visible() and "monospace" in code.evaluate("pre => getComputedStyle(pre).fontFamily")
 
     for width in (800, 1280):
         with lab.width(width):

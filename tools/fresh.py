@@ -1,0 +1,47 @@
+"""`make lab FRESH=1`: copies of the lessons without outputs, in a folder of your own, to read with nothing given away.
+
+A copy that is there already is yours and stays as it is; delete it to begin a lesson anew.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+
+from tools.run_tests import ROOT
+
+FOLDER = "my_lessons"
+
+
+def main() -> None:
+    made = copy_lessons(ROOT)
+    print(f"{FOLDER}/: {', '.join(path.name for path in made) or 'all lessons are there already'}")
+
+
+def copy_lessons(root: Path) -> list[Path]:
+    """Writes `my_lessons/` beside `notebooks/`, so that the links between lessons and exercises hold.
+
+    Returns:
+        The copies that were not there yet.
+    """
+    made = []
+    for path in sorted((root / "notebooks").glob("*.ipynb")):
+        copy = root / FOLDER / path.name
+        if not copy.exists():
+            copy.parent.mkdir(exist_ok=True)
+            nbformat.write(without_outputs(nbformat.read(path, as_version=4)), copy)
+            made.append(copy)
+    return made
+
+
+def without_outputs(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The notebook as nobody has run it."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    return notebook
+
+
+if __name__ == "__main__":
+    main()
