@@ -78,11 +78,11 @@ def gqa_case(
     return Case(f"{lengths(sq, sk)}, {heads}{scores}", judge)
 
 
-OVERFLOW = "exp of a score overflows: subtract the largest of the row before"
+OVERFLOW = "does exp of a score overflow? Subtract the largest of the row before"
 NOT_LESS = (
     "exp of the scores is 0 or ∞ where they lie far from 0: subtract the largest of the row, even if it is negative"
 )
-UNDERFLOW = f"all scores lie near −{LOW}, where exp is 0, and 0/0 is NaN: subtract the largest of the row before"
+UNDERFLOW = f"all scores lie near −{LOW}: is their exp 0, and 0/0 NaN? Subtract the largest of the row before"
 RENORMALISED = (
     f"the last key has a score near {AHEAD}, and most queries do not see it. Where the softmax sees it, or where its "
     "score is the largest that is subtracted, the visible keys are left with 0: put −∞ into the scores before"
@@ -110,9 +110,7 @@ def _why_nan(got: object, sq: int, sk: int) -> str:
     row = int(lost.nonzero()[0])
     sees = max(0, row + sk - sq + 1)
     if not sees:
-        return (
-            f"query {row} of {sq} sees no key; the softmax of −∞ alone is 0/0, and −∞ − (−∞) is NaN. out is 0, lse −∞"
-        )
+        return f"query {row} of {sq} must see no key: its out is 0, its lse −∞. Which step made NaN of that?"
     return (
         f"so is its whole row, as where a mask hides all keys; query {row} of {sq} must see {sees} of {sk}. Is the "
         "diagonal sk − sq, with this sign? Is −∞ where the query does not see the key?"

@@ -226,7 +226,7 @@ WRONG = [
         ".nan_to_num()",
         "",
         name="NaN without a key",
-        told="query 0 of 6 sees no key; the softmax of −∞ alone",
+        told="query 0 of 6 must see no key: its out is 0, its lse −∞",
     ),
     changed(
         grouped_einsum,
