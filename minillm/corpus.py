@@ -8,6 +8,7 @@ holds the whole training set, and a test can ask about pairs that training never
 from __future__ import annotations
 
 import random
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -314,3 +315,16 @@ def _question(rng: random.Random, said: list[Fact], asked: set[Category], hard: 
 
 def _shared_words(a: Category, b: Category) -> int:
     return len(set(a.question.split()) & set(b.question.split()))
+
+
+def what_can_be_said() -> str:
+    """What a person can say to a model of this language and ask it, to be read: a line for each category and pool."""
+    lines = ["Say something of yourself, in these words, and ask for it later:"]
+    lines += [f"  {c.statement.format(f'<{c.pool}>'):36} {c.question}" for c in CATEGORIES]
+    lines.append("Training had these words, and some that mean nothing:")
+    for pool, values in POOLS.items():
+        lines += textwrap.wrap(f"<{pool}>: {', '.join(values)}", 92, initial_indent="  ", subsequent_indent="    ")
+    lines.append(f'Between them comes small talk, such as "{SMALL_TALK[1]}"; to what was not said, the answer is')
+    return "\n".join(
+        [*lines, f'"{ABSTENTION}" The model knows nothing else: no other sentences, nothing of the world.']
+    )

@@ -15,7 +15,7 @@ from torch import Tensor
 from minillm.cache import KVCache
 from minillm.changes import Plain, check_layers, weights_of
 from minillm.checkpoint import load_checkpoint
-from minillm.corpus import BOT, SPECIAL_TOKENS, user_turn
+from minillm.corpus import BOT, SPECIAL_TOKENS, user_turn, what_can_be_said
 from minillm.decode import Decoder, Weights
 from minillm.ids import as_prompts, as_stop_tokens
 from minillm.measure.profiler import Reads, phase, profile
@@ -312,8 +312,11 @@ def _check_parts(model, tokenizer) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("text", help="the user's text, in quotes")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog=what_can_be_said(), formatter_class=raw
+    )
+    parser.add_argument("text", help='the user\'s text, in quotes: "My hobby is chess. What is my hobby?"')
     parser.add_argument("--checkpoint", default="small", help="a folder, or the name of a shipped checkpoint")
     parser.add_argument("--max-new-tokens", type=int, default=50)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, and the default here")

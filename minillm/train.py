@@ -52,6 +52,7 @@ CURRICULUM = (
 HARD_FROM = 7 / 8  # of the first training's steps: the last eighth asks hard questions, at half the learning rate
 LEARNING_RATE = 2e-3
 SECOND_LEARNING_RATE = 1e-3
+ROUND = 4_000  # steps of the second training from one warm-up to the next
 OTHER_TOKENS = 0.1  # weight in the loss of a token that is no answer: small talk cannot be predicted
 
 
@@ -81,8 +82,8 @@ def train(out: Path, steps: int, second_steps: int, seed: int = 0, save_every: i
     total = steps + second_steps
     progress = tqdm(range(first_step, total), initial=first_step, total=total, desc="train", unit="step")
     for step in progress:
-        if step == steps:
-            optimizer.state.clear()  # the second training begins with no momentum
+        if step >= steps and (step - steps) % ROUND == 0:
+            optimizer.state.clear()  # a round of the second training begins with no momentum
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, second_steps)
         rng = random.Random(f"{seed}/{step}")
@@ -111,11 +112,12 @@ def corpus_tokenizer(vocab_size: int, seed: int) -> Tokenizer:
 
 
 def learning_rate(step: int, steps: int, second_steps: int) -> float:
-    """100 steps of warm-up, constant, linearly down; then from one half down again. In the second training the same."""
+    """100 steps of warm-up, constant, linearly down; then from one half down again; then the rounds of the second."""
     main = HARD_FROM * steps
     if step >= steps:
-        step -= steps
-        return SECOND_LEARNING_RATE * min(1.0, (step + 1) / 50, 1.5 * (1 - step / second_steps))
+        start = (step - steps) // ROUND * ROUND
+        step, length = step - steps - start, min(ROUND, second_steps - start)
+        return SECOND_LEARNING_RATE * min(1.0, (step + 1) / 50, 1.5 * (1 - step / length))
     if step >= main:
         return LEARNING_RATE * 0.5 * (1 - (step - main) / (steps - main))
     return LEARNING_RATE * min(1.0, (step + 1) / 100, 3 * (1 - step / main))
@@ -241,7 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/small"))
     parser.add_argument("--steps", type=int, default=8_000)
-    parser.add_argument("--second-steps", type=int, default=4_000)
+    parser.add_argument("--second-steps", type=int, default=8_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     start = time.time()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minillm.checkpoint import load_checkpoint
-from minillm.corpus import BOT, user_turn
+from minillm.corpus import BOT, CATEGORIES, POOLS, user_turn
 from minillm.decode import Decoder
 from minillm.generate import TextGenerator, main
 from minillm.measure import profile
@@ -175,6 +175,17 @@ def test_the_command_line_writes_the_answer_and_the_rate():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.strip() == "You live in Lima."
     assert "tokens/s" in done.stderr and "prefill" in done.stderr and "decode" in done.stderr
+
+
+def test_the_command_line_s_help_says_what_one_can_say_and_ask(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["generate", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    told = capsys.readouterr().out
+    for category in CATEGORIES:
+        assert category.statement.partition("{")[0] in told and category.question in told
+    for values in POOLS.values():
+        assert all(value in " ".join(told.split()) for value in values)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from course.stops import naive_attention
+from course.stops import kv_cache, naive_attention
 from course.tasks.task import Task
 
-UNITS: tuple = (naive_attention,)
+UNITS = (naive_attention, kv_cache)
 STOPS: dict[str, Task] = {task.name: task for unit in UNITS for task in unit.STOPS}

@@ -8,12 +8,15 @@ import torch
 from torch import Generator, Tensor
 
 from course.tasks.cases import counted, kind_of_scores
-from course.tasks.judge import Mistake, call, compare_results, extra_memory_below
+from course.tasks.judge import Mistake, call, check_form, compare_results, extra_memory_below
 from course.tasks.mistakes import of_heads, of_scale
+from course.tasks.slots import READ_TOO_FAR, filled_slots, judge_beside_nan, wrongly_stored
 from course.tasks.task import Case, NotYet, Task
+from minillm.measure import format_bytes
 
-STEP = {"out": ("query", "dim"), "keys": ("slot", "dim"), "values": ("slot", "dim")}
-READ_TOO_FAR = "a slot behind the row's length was read: what lies there means nothing"
+OUT = {"out": ("query", "dim")}
+STEP = {**OUT, "keys": ("slot", "dim"), "values": ("slot", "dim")}
+HEADS = {"out": ("row", "head", "dim")}
 
 
 def append_case(length: int, new: int, capacity: int, *, times: float = 1, asks: str = "") -> Case:
@@ -21,7 +24,7 @@ def append_case(length: int, new: int, capacity: int, *, times: float = 1, asks:
 
     def judge(function: Callable, generator: Generator) -> None:
         q, k, v = (torch.randn(length + new, 16, generator=generator) for _ in range(3))
-        keys, values = (_buffer(x[:length], capacity) for x in (k, v))
+        keys, values = (filled_slots(x[:length], capacity) for x in (k, v))
         _append((q * times)[length:], k[length:], v[length:], keys, values, length, function, asks, times)
 
     title = f"{counted(new, 'new token')} after {length}, {counted(capacity, 'slot')}"
@@ -34,7 +37,7 @@ def every_cut_case(tokens: int, capacity: int) -> Case:
     def judge(function: Callable, generator: Generator) -> None:
         q, k, v = (torch.randn(tokens, 16, generator=generator) for _ in range(3))
         for cut in range(tokens + 1):
-            keys, values = (_buffer(x[:0], capacity) for x in (k, v))
+            keys, values = (filled_slots(x[:0], capacity) for x in (k, v))
             for part, old in ((slice(cut), 0), (slice(cut, tokens), cut)):
                 try:
                     keys, values = _append(q[part], k[part], v[part], keys, values, old, function, "", 1)
@@ -45,19 +48,12 @@ def every_cut_case(tokens: int, capacity: int) -> Case:
     return Case(f"{tokens} tokens, cut at every place, {counted(capacity, 'slot')} at first", judge)
 
 
-def _buffer(rows: Tensor, capacity: int) -> Tensor:
-    """Slots with these rows in front, and NaN behind them."""
-    return torch.cat([rows, rows.new_full((capacity - len(rows), rows.shape[1]), torch.nan)])
-
-
 def _append(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, length: int, function: Callable, asks: str, times
 ) -> tuple[Tensor, Tensor]:
     """Judges one call. Returns the buffers that it gave."""
     inputs = (q, k, v, keys, values, length)
-    got = call(function, *inputs)
-    if not isinstance(got, (tuple, list)) or len(got) != 3 or not all(isinstance(x, Tensor) for x in got):
-        raise NotYet("return three tensors: out, keys, values")
+    got = _three_tensors(call(function, *inputs))
     capacity = len(keys)
     while capacity < length + len(q):
         capacity *= 2
@@ -67,11 +63,47 @@ def _append(
             found = f"{name} has shape {tuple(buffer.shape)}, expected ({capacity}, {keys.shape[1]})"
             raise NotYet(f"{found}: {len(keys)} slots, {length} old and {counted(len(q), 'new token')}; {grown}")
     used = slice(length + len(q))
-    trimmed = (got[0], got[1][used], got[2][used])
-    compare_results(
-        trimmed, inputs, _step, results=STEP, mistakes=STEP_MISTAKES, asks=asks, nan=READ_TOO_FAR, times=times
-    )
+    check_form((got[0], got[1][used], got[2][used]), (q, *_held(*inputs)), STEP)
+    if len(q) and all(map(torch.equal, (got[1][used], got[2][used]), _held(q, v, k, keys, values, length))):
+        raise NotYet("keys holds the new values, and values the new keys")
+    for name, buffer, old, new in (("keys", got[1], keys, k), ("values", got[2], values, v)):
+        if complaint := wrongly_stored(name, buffer, old, new, length):
+            raise NotYet(complaint)
+
+    def judge_out(given: tuple, result: tuple, question: str) -> None:
+        every_slot = Mistake(READ_TOO_FAR, lambda q, *_: _attend(q, *(x.to(q.dtype) for x in result[1:])))
+        compare_results(
+            result[0], given, _step, results=OUT, mistakes=[*STEP_MISTAKES, every_slot], asks=question, times=times
+        )
+
+    judge_beside_nan(function, inputs, got, _with_numbers(inputs), judge_out, asks)
     return got[1], got[2]
+
+
+def _three_tensors(got: object) -> tuple[Tensor, Tensor, Tensor]:
+    if not isinstance(got, (tuple, list)) or len(got) != 3 or not all(isinstance(x, Tensor) for x in got):
+        raise NotYet("return three tensors: out, keys, values")
+    return got[0], got[1], got[2]
+
+
+def _with_numbers(inputs: tuple) -> tuple:
+    """The same, with numbers in the unused slots."""
+    q, k, v, keys, values, length = inputs
+    numbers = torch.randn(2, *keys.shape, generator=Generator().manual_seed(0))
+    return q, k, v, *(torch.cat([x[:length], y[length:]]) for x, y in zip((keys, values), numbers, strict=True)), length
+
+
+def _held(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """The used slots of keys and values after the new rows are there."""
+    return torch.cat([keys[:length], k]), torch.cat([values[:length], v])
+
+
+def _attend(
+    q: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None = None, scale: float | None = None, axis: int = -1
+) -> Tensor:
+    scores = q @ keys.T * (q.shape[1] ** -0.5 if scale is None else scale)
+    scores = scores if visible is None else scores.masked_fill(~visible, -torch.inf)
+    return scores.softmax(axis).nan_to_num() @ values
 
 
 def _step(
@@ -82,56 +114,46 @@ def _step(
     values: Tensor,
     length: int,
     *,
-    diagonal: Callable[[int, int], int] = lambda old, new: old,
+    sees: Callable[[Tensor, Tensor, int], Tensor] = lambda i, j, old: j <= old + i,
     scale: float | None = None,
-    write_at: Callable[[int], int] = lambda old: old,
-    lost: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """out, and the used slots of keys and values; the options are slips that people make."""
-    used = length + len(q)
-    room = max(used, len(keys))
-
-    def stored(buffer: Tensor, rows: Tensor) -> Tensor:
-        slots = torch.cat([buffer[:length], buffer.new_zeros(room - length, buffer.shape[1])])
-        if lost and used > len(keys) and length:
-            slots[length - 1] = 0
-        start = write_at(length)
-        slots[start : start + len(rows)] = rows
-        return slots[:used]
-
-    all_keys, all_values = stored(keys, k), stored(values, v)
-    scores = q @ all_keys.T * (q.shape[1] ** -0.5 if scale is None else scale)
-    visible = torch.ones(len(q), used, dtype=torch.bool).tril(diagonal(length, len(q)))
-    out = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ all_values
-    return out.nan_to_num(), all_keys, all_values
+    axis: int = -1,
+) -> Tensor:
+    """out; the options are slips that people make. `sees` is given the new token i, the slot j, and the old length."""
+    i, j = torch.arange(len(q))[:, None], torch.arange(length + len(q))
+    return _attend(q, *_held(q, k, v, keys, values, length), sees(i, j, length), scale, axis)
 
 
 STEP_MISTAKES = [
     Mistake(
         "there is no mask: a new token sees the new ones behind it",
-        lambda *x: _step(*x, diagonal=lambda old, new: old + new),
+        lambda *x: _step(*x, sees=lambda i, j, old: j + 0 * i >= 0),
     ),
     Mistake(
-        "the mask is top-left aligned: new query i must see all old keys too, and the new ones up to its own",
-        lambda *x: _step(*x, diagonal=lambda old, new: 0),
+        "the mask is top-left aligned, by the new token's own index i: its place is `length` + i, "
+        "so it must see all old keys too, and the new ones up to its own",
+        lambda *x: _step(*x, sees=lambda i, j, old: j <= i),
     ),
     Mistake(
         "the mask is off by one: a new token must see itself",
-        lambda *x: _step(*x, diagonal=lambda old, new: old - 1),
+        lambda *x: _step(*x, sees=lambda i, j, old: j < old + i),
     ),
     Mistake(
         "the mask is off by one: each new token sees one key too many",
-        lambda *x: _step(*x, diagonal=lambda old, new: old + 1),
+        lambda *x: _step(*x, sees=lambda i, j, old: j <= old + i + 1),
     ),
     Mistake(
-        "the new rows overwrite the old ones: write them behind, from slot `length` on",
-        lambda *x: _step(*x, write_at=lambda old: 0),
+        "the triangle of the mask lies over the first slots: it belongs over the new ones, from slot `length` on",
+        lambda *x: _step(*x, sees=lambda i, j, old: (j <= i) | (j >= len(i))),
     ),
     Mistake(
-        "the new rows begin one slot too early: the last old token is lost",
-        lambda *x: _step(*x, write_at=lambda old: max(0, old - 1)),
+        "only old slots are attended to: a new token must see itself, and the new ones before it",
+        lambda *x: _step(*x, sees=lambda i, j, old: (j < old) & (i >= 0)),
     ),
-    Mistake("growing loses the last old row: copy all `length` of them", lambda *x: _step(*x, lost=True)),
+    Mistake(
+        "only new tokens are attended to: the old ones in the cache count too",
+        lambda *x: _step(*x, sees=lambda i, j, old: (j >= old) & (j <= old + i)),
+    ),
+    Mistake("the softmax runs over the queries: it must run over the keys", lambda *x: _step(*x, axis=0)),
     *of_scale(_step),
 ]
 
@@ -140,17 +162,16 @@ def decode_case(lengths: list[int], h: int, hk: int, slots: int, *, times: float
     """Rows of these lengths in a cache of so many slots, query heads and KV heads."""
 
     def judge(function: Callable, generator: Generator) -> None:
+        def judge_out(given: tuple, result: tuple, question: str) -> None:
+            compare_results(
+                result[0], given, _decode, results=HEADS, mistakes=DECODE_MISTAKES, asks=question, times=times
+            )
+
         inputs = _cache(lengths, h, hk, slots, generator, times)
-        compare_results(
-            call(function, *inputs),
-            inputs,
-            _decode,
-            results={"out": ("row", "head", "dim")},
-            mistakes=DECODE_MISTAKES,
-            asks=asks,
-            nan=f"{READ_TOO_FAR} (and 0 · NaN is NaN: masking the scores alone is not enough)",
-            times=times,
-        )
+        got = call(function, *inputs)
+        check_form((got,), (inputs[0],), HEADS)
+        finite = _cache(lengths, h, hk, slots, Generator().manual_seed(0), times, unused=False)
+        judge_beside_nan(function, inputs, (got,), finite, judge_out, asks)
 
     rows = f"{counted(len(lengths), 'row')} of {', '.join(map(str, lengths))}"
     heads = f"{counted(h, 'query head')} on {counted(hk, 'KV head')}"
@@ -162,20 +183,34 @@ def decode_memory_case(length: int = 32_768, h: int = 32, hk: int = 2) -> Case:
 
     def judge(function: Callable, generator: Generator) -> None:
         inputs = _cache([length], h, hk, length, generator, 1, d=64)
-        too_much = "the cache is repeated for each query head: let the heads of a group share one product"
+        cache = inputs[1].nbytes + inputs[2].nbytes
+        too_much = (
+            f"the call needs too much memory beside the cache, which has {format_bytes(cache)} itself. "
+            f"What is so large? K and V repeated for every query head would be {format_bytes(cache * h // hk)}, "
+            f"a copy of the cache in float64 {format_bytes(2 * cache)}; neither is needed"
+        )
         result = extra_memory_below(64 << 20, function, *inputs, too_much=too_much)
-        compare_results(result, inputs, _decode, results={"out": ("row", "head", "dim")}, times=16)  # sums this long
+        compare_results(result, inputs, _decode, results=HEADS, times=16)  # sums this long
 
     return Case(f"{length} tokens, {h} query heads on {counted(hk, 'KV head')}: memory", judge)
 
 
 def _cache(
-    lengths: list[int], h: int, hk: int, slots: int, generator: Generator, times: float, d: int = 16
+    lengths: list[int],
+    h: int,
+    hk: int,
+    slots: int,
+    generator: Generator,
+    times: float,
+    d: int = 16,
+    unused: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, keys, values, lengths; with NaN in the unused slots, or with numbers there."""
     q = torch.randn(len(lengths), h, d, generator=generator) * times
     keys, values = (torch.randn(len(lengths), slots, hk, d, generator=generator) for _ in range(2))
     for row, length in enumerate(lengths):
-        keys[row, length:], values[row, length:] = torch.nan, torch.nan
+        if unused:
+            keys[row, length:], values[row, length:] = torch.nan, torch.nan
     return q, keys, values, torch.tensor(lengths)
 
 
@@ -188,18 +223,19 @@ def _decode(
     shift: int = 0,
     interleaved: bool = False,
     scale: float | None = None,
-    longest: bool = False,
+    read: Callable[[Tensor], int] | None = None,
+    axis: int = -1,
 ) -> Tensor:
-    """The right answer; the options are slips that people make."""
+    """The right answer; the options are slips that people make. `read` says how many slots of all rows are read."""
     heads_k, rows = keys.shape[2], []
     for row, length in enumerate(lengths.tolist()):
-        stop = max(1, (int(lengths.max()) if longest else length) + shift)
+        stop = max(1, (read(lengths) if read else length) + shift)
         k, v = (x[row, :stop].nan_to_num().transpose(0, 1) for x in (keys, values))  # (hk, stop, d)
         group = (-1, heads_k) if interleaved else (heads_k, -1)
         queries = q[row].unflatten(0, group)
         queries = queries.transpose(0, 1) if interleaved else queries  # (hk, group, d)
         scores = queries @ k.transpose(1, 2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-        out = scores.softmax(-1) @ v
+        out = scores.softmax(axis) @ v
         rows.append((out.transpose(0, 1) if interleaved else out).flatten(0, 1))
     return torch.stack(rows)
 
@@ -208,10 +244,19 @@ DECODE_MISTAKES = [
     *of_heads(_decode),
     Mistake(
         "each row is read to the longest length: a shorter row ends at its own",
-        lambda *x: _decode(*x, longest=True),
+        lambda *x: _decode(*x, read=lambda lengths: int(lengths.max())),
     ),
+    Mistake(
+        "each row is read to the first row's length: row i ends at `lengths[i]`",
+        lambda *x: _decode(*x, read=lambda lengths: int(lengths[0])),
+    ),
+    Mistake(READ_TOO_FAR, lambda *x: _decode(*x, read=lambda _: x[1].shape[1])),
     Mistake("the last token is not seen: a row of length n has slots 0 … n − 1", lambda *x: _decode(*x, shift=-1)),
     Mistake("one slot too many is seen: a row of length n has slots 0 … n − 1", lambda *x: _decode(*x, shift=1)),
+    Mistake(
+        "the softmax runs over the query heads of a group: it must run over the slots",
+        lambda *x: _decode(*x, axis=-2),
+    ),
     *of_scale(_decode),
 ]
 

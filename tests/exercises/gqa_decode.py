@@ -27,7 +27,17 @@ def head_by_head(q, keys, values, lengths):
     return out
 
 
-RIGHT = {"grouped": grouped, "head by head": head_by_head}
+def by_einsum(q, keys, values, lengths):
+    """Unused slots get the value 0 in place, and −∞ as score."""
+    b, h, d = q.shape
+    for row, n in enumerate(lengths):
+        keys[row, n:], values[row, n:] = 0, 0
+    scores = torch.einsum("bkgd,bskd->bkgs", q.reshape(b, keys.shape[2], -1, d), keys) * d**-0.5
+    scores[(torch.arange(keys.shape[1]) >= lengths[:, None])[:, None, None].expand_as(scores)] = -torch.inf
+    return torch.einsum("bkgs,bskd->bkgd", scores.softmax(dim=-1), values).reshape(b, h, d)
+
+
+RIGHT = {"grouped": grouped, "head by head": head_by_head, "einsum": by_einsum}
 
 
 def repeated(q, keys, values, lengths):
@@ -49,13 +59,69 @@ def scores_masked_only(q, keys, values, lengths):
     return (weights @ values.transpose(1, 2)).reshape(b, h, d)
 
 
+def in_float64(q, keys, values, lengths):
+    return grouped(q.double(), keys.double(), values.double(), lengths).float()
+
+
+def by_the_library(q, keys, values, lengths):
+    rows = []
+    for row, n in enumerate(lengths.tolist()):
+        k, v = (x[row, :n].transpose(0, 1)[None] for x in (keys, values))
+        out = torch.nn.functional.scaled_dot_product_attention(q[row, None, :, None], k, v, enable_gqa=True)
+        rows.append(out[0, :, 0])
+    return torch.stack(rows)
+
+
 WRONG = [
-    Wrong("the cache is repeated", repeated, "repeated for each query head", kept=True),
-    Wrong("NaN times 0", scores_masked_only, "masking the scores alone is not enough"),
+    Wrong("a copy in float64", in_float64, "a copy of the cache in float64 64 MiB", kept=True),
+    Wrong("the library's attention", by_the_library, "it calls scaled_dot_product_attention"),
+    Wrong("the cache is repeated", repeated, "K and V repeated for every query head would be 512 MiB", kept=True),
+    Wrong("NaN times 0", scores_masked_only, "0 · NaN is NaN: leave those slots out"),
     changed(head_by_head, "head * keys.shape[2] // h", "head % keys.shape[2]", name="interleaved", told="interleaved"),
     changed(head_by_head, "head * keys.shape[2] // h", "0", name="first KV head", told="read the first KV head"),
-    changed(head_by_head, "n = int(lengths[row])", "n = int(lengths[row]) - 1 or 1", name="one too few", told="the last token is not seen"),
-    changed(head_by_head, "n = int(lengths[row])", "n = int(lengths.max())", name="longest", told="behind the row's length was read"),
+    changed(
+        head_by_head,
+        "n = int(lengths[row])",
+        "n = int(lengths[row]) - 1 or 1",
+        name="one too few",
+        told="the last token is not seen",
+    ),
+    changed(
+        head_by_head,
+        "n = int(lengths[row])",
+        "n = int(lengths.max())",
+        name="longest",
+        told="each row is read to the longest length",
+    ),
     changed(head_by_head, " / d**0.5", "", name="no scale", told="1/√d is forgotten"),
     changed(head_by_head, " / d**0.5", " / d", name="scale twice", told="instead of √d"),
+    changed(
+        head_by_head,
+        "n = int(lengths[row])",
+        "n = int(lengths[0])",
+        name="first row's length",
+        told="each row is read to the first row's length",
+    ),
+    changed(
+        head_by_head,
+        "n = int(lengths[row])",
+        "n = int(lengths[row]) + 1",
+        name="one too many",
+        told="one slot too many is seen",
+    ),
+    changed(
+        head_by_head,
+        "n = int(lengths[row])",
+        "n = keys.shape[1]",
+        name="all slots",
+        told="behind the row's length was read",
+    ),
+    changed(
+        grouped,
+        ".softmax(-1)",
+        ".softmax(-2).nan_to_num()",
+        name="softmax over heads",
+        told="runs over the query heads",
+    ),
+    changed(grouped, ".reshape(b, h, d)", "", name="groups left apart", told="out has shape"),
 ]
