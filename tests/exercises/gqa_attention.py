@@ -236,7 +236,7 @@ WRONG = [
         told="subtract the largest",
     ),
     changed(grouped_einsum, ".clamp(min=-1e30)", ".clamp(min=0)", name="m starts at 0", told="subtract the largest"),
-    changed(grouped_einsum, ".clamp(min=-1e30)", "", name="-inf minus -inf", told="−∞ − (−∞) is NaN"),
+    changed(grouped_einsum, ".clamp(min=-1e30)", "", name="-inf minus -inf", told="−∞ − (−∞) and 0 / 0 are NaN too"),
     Wrong("reshaped", reshaped, "reshape does not swap axes"),
     changed(
         reshaped, ".reshape(q.shape)", ".transpose(1, 2)", name="reshaped on the way in", told="reshape does not swap"
