@@ -41,7 +41,7 @@ def mask_case(seqlen_q: int, seqlen_k: int, asks: str = "") -> Case:
     return Case(lengths(seqlen_q, seqlen_k), judge)
 
 
-def _mask(seqlen_q: int, seqlen_k: int, change: Callable[[Tensor], Tensor] = lambda seen: seen) -> Tensor:
+def _mask(seqlen_q: int, seqlen_k: int, *, change: Callable[[Tensor], Tensor] = lambda seen: seen) -> Tensor:
     return change(causal_mask(seqlen_q, seqlen_k)).float()
 
 
@@ -60,12 +60,12 @@ def _top_left(seqlen_q: int, seqlen_k: int) -> str:
 
 MASK_MISTAKES = [
     Mistake(_top_left, _diagonal(lambda sq, sk: 0)),
-    Mistake("it is inverted: True stands where the query sees the key", lambda *n: _mask(*n, torch.logical_not)),
+    Mistake("it is inverted: True stands where the query sees the key", lambda *n: _mask(*n, change=torch.logical_not)),
     Mistake("each query sees one key too many: its own is the last", _diagonal(lambda sq, sk: sk - sq + 1)),
     Mistake("each query sees one key too few: it sees its own too", _diagonal(lambda sq, sk: sk - sq - 1)),
     Mistake("it is upside down: a query sees the keys up to its own", _diagonal(lambda sq, sk: sk - sq, upper=True)),
     Mistake("the shift has the wrong sign: it is seqlen_k − seqlen_q", _diagonal(lambda sq, sk: sq - sk)),
-    Mistake("every query sees every key: where is the mask?", lambda *n: _mask(*n, torch.ones_like)),
+    Mistake("every query sees every key: where is the mask?", lambda *n: _mask(*n, change=torch.ones_like)),
 ]
 
 

@@ -193,7 +193,7 @@ def _not_less(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out.to(q), l[..., 0].log().to(q)
 
 
-def _renormalised(q: Tensor, k: Tensor, v: Tensor, lse_too: bool = False) -> tuple[Tensor, Tensor]:
+def _renormalised(q: Tensor, k: Tensor, v: Tensor, *, lse_too: bool = False) -> tuple[Tensor, Tensor]:
     """The probabilities of all keys, masked, and divided by their sum; 0 where nothing is left of it."""
     group, shape = q.shape[2] // k.shape[2], (q.shape[1], k.shape[1])
     k, v = (x.repeat_interleave(group, 2) for x in (k, v))
