@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from course.stops import kv_cache, online_softmax, tiling, triton_flash_attention
+from course.stops import kv_cache, naive_attention, online_softmax, tiling, triton_flash_attention
 from course.tasks.task import Task
 
-UNITS = (online_softmax, tiling, kv_cache, triton_flash_attention)
+UNITS = (naive_attention, online_softmax, tiling, kv_cache, triton_flash_attention)
 STOPS: dict[str, Task] = {task.name: task for unit in UNITS for task in unit.STOPS}

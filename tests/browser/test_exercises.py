@@ -10,7 +10,7 @@ ANSWER = """def gqa_attention(q, k, v):
     q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
     seen = torch.ones(sq, sk, dtype=torch.bool).tril(DIAGONAL)
     scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(~seen, -torch.inf)
-    return (scores.softmax(-1) @ v).transpose(1, 2)"""
+    return (scores.softmax(-1).nan_to_num() @ v).transpose(1, 2), scores.logsumexp(-1)"""
 TOP_LEFT, BOTTOM_RIGHT = (ANSWER.replace("DIAGONAL", diagonal) for diagonal in ("0", "sk - sq"))
 
 

@@ -61,7 +61,7 @@ ATTACKS = {
                         return True
                     return super().__torch_function__(f, types, args, kwargs or {})
             def gqa_attention(q, k, v):
-                return torch.zeros_like(q).as_subclass(Liar)
+                return q.as_subclass(Liar), q[..., 0].transpose(1, 2).as_subclass(Liar)
         """,
         says="expected",
     ),
@@ -111,7 +111,8 @@ ATTACKS = {
             import itertools
             NUMBERS = itertools.cycle([0.0, float('nan'), float('inf')])
             def gqa_attention(q, k, v):
-                return torch.full_like(q, next(NUMBERS))
+                out = torch.full_like(q, next(NUMBERS))
+                return out, out[..., 0].transpose(1, 2)
         """,
         says="expected",
     ),
@@ -121,7 +122,7 @@ ATTACKS = {
             import hashlib
             KNOWN = {}
             def gqa_attention(q, k, v):
-                return KNOWN.get(hashlib.sha256(q.numpy()).hexdigest(), q[..., :])
+                return KNOWN.get(hashlib.sha256(q.numpy()).hexdigest(), (q, q[..., 0].transpose(1, 2)))
         """,
         says="expected",
     ),
@@ -241,7 +242,7 @@ ATTACKS = {
             def gqa_attention(q, k, v):
                 import time
                 while q.shape[1] == 6: time.sleep(1)
-                return q
+                return q, q[..., 0].transpose(1, 2)
         """,
         says="did not end within",
         endless=True,
@@ -260,7 +261,7 @@ ATTACKS = {
         answer="""
             def gqa_attention(q, k, v):
                 import os
-                return os._exit(0) if q.shape[1] == 6 else q
+                return os._exit(0) if q.shape[1] == 6 else (q, q[..., 0].transpose(1, 2))
         """,
         says="ended the process",
     ),

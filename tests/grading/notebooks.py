@@ -25,9 +25,11 @@ RIGHT = """def gqa_attention(q, k, v):
     k, v = (x.repeat_interleave(group, 2) for x in (k, v))
     scores = torch.einsum("bihd,bjhd->bhij", q, k) / q.shape[-1] ** 0.5
     later = torch.ones(scores.shape[-2:]).triu(1 + k.shape[1] - q.shape[1]).bool()
-    return torch.einsum("bhij,bjhd->bihd", scores.masked_fill(later, -torch.inf).softmax(-1), v)
+    scores = scores.masked_fill(later, -torch.inf)
+    p = scores.softmax(-1).masked_fill(later, 0)
+    return torch.einsum("bhij,bjhd->bihd", p, v), scores.logsumexp(-1)
 """
-WRONG = "def gqa_attention(q, k, v):\n    return q\n"
+WRONG = "def gqa_attention(q, k, v):\n    return q, q[..., 0].transpose(1, 2)\n"
 
 
 @cache

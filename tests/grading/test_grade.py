@@ -40,7 +40,7 @@ class Here(StudentProcess):
 
     def function(self, name: str, candidate: int | None = None) -> Any:
         def same(q: Any, k: Any, v: Any) -> Any:
-            return q
+            return q, q[..., 0].transpose(1, 2)
 
         same.__name__ = name
         return same
