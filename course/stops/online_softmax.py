@@ -29,7 +29,7 @@ def online_sum(scores: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
 
 def online_output(scores: Iterable[Tensor], values: Iterable[Tensor]) -> Tensor:
     """softmax(scores) @ values, in one walk."""
-    m, l, acc = torch.tensor(-torch.inf), 0.0, 0.0
+    m, l, acc = torch.tensor(-torch.inf), torch.tensor(0.0), torch.tensor(0.0)
     for x, value in zip(scores, values, strict=True):
         m_new = torch.maximum(m, x)
         rescale, p = (m - m_new).exp(), (x - m_new).exp()
@@ -51,7 +51,8 @@ class Walk:
     """Scores or values that come one after the other, and only once."""
 
     def __init__(self, row: Tensor):
-        self._row, self._seen, self._begun = row, [], False
+        self._row, self._begun = row, False
+        self._seen: list[weakref.ref[Tensor]] = []
 
     def __iter__(self) -> Iterator[Tensor]:
         if self._begun:
