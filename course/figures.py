@@ -276,6 +276,7 @@ def traffic_curves(
     axes.text(blocks[-1], 1.08, "unfused", color=GREY, ha="right", fontsize=9)
     axes.set(xscale="log", yscale="log", xlabel="queries (FA2) or keys (FA1) in a tile", ylabel="traffic / unfused")
     axes.set_xticks(blocks, [str(block) for block in blocks])
+    axes.set_yticks([0.25, 0.5, 1, 2], ["0.25", "0.5", "1", "2"])
     axes.minorticks_off()
     axes.margins(x=0.12)
     axes.legend(frameon=False, fontsize=9, loc="lower left")
