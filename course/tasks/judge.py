@@ -82,8 +82,7 @@ def compare_results(
     for (name, axes), mine in zip(results.items(), got, strict=True):
         if mine.isnan().any():
             question = "" if "−∞ − (−∞)" in nan else no_key
-            raise NotYet(f"{name} is NaN at {_first(mine.isnan(), axes)}: {nan}
-{question}".rstrip())
+            raise NotYet(f"{name} is NaN at {_first(mine.isnan(), axes)}: {nan}\n{question}".rstrip())
     name, axes = list(results.items())[wrong[0]]
     where = _largest_error(got[wrong[0]], reference[wrong[0]], axes)
     raise NotYet("\n".join(filter(None, [f"{name} is {where}", asks])))
