@@ -10,6 +10,7 @@ import argparse
 import json
 import random
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ def evaluate(model: MiniLLM, tokenizer: Tokenizer, dialogues_per_cell: int = 100
         abstention: between the first sentence and the question), and the mean of each under "mean".
     """
     results: dict = {}
-    kinds = {"recall": recall_dialogue, "latest": change_dialogue, "abstention": abstention_dialogue}
+    kinds = {"recall": recall_dialogue, "latest": partial(recall_dialogue, changed=True), "abstention": abstention_dialogue}
     progress = tqdm(total=len(kinds) * len(FACTS) * len(GAPS), desc="evaluate", unit="cell")
     for kind, make in kinds.items():
         results[kind] = {}
@@ -55,20 +56,18 @@ def evaluate(model: MiniLLM, tokenizer: Tokenizer, dialogues_per_cell: int = 100
     return results
 
 
-def recall_dialogue(rng: random.Random, num_facts: int, gap: int, tokenizer: Tokenizer) -> Dialogue:
-    """A question about a fact that was stated at least `gap` tokens before it, among others."""
-    return _recall(rng, random_facts(rng, num_facts, held_out=True), [], gap, tokenizer)
+def recall_dialogue(
+    rng: random.Random, num_facts: int, gap: int, tokenizer: Tokenizer, changed: bool = False
+) -> Dialogue:
+    """A question about a fact that was stated at least `gap` tokens before it, among others.
 
-
-def change_dialogue(rng: random.Random, num_facts: int, gap: int, tokenizer: Tokenizer) -> Dialogue:
-    """The same, and before the fact another value of it was stated: the last statement counts."""
-    facts = random_facts(rng, num_facts, held_out=True)
-    value = rng.choice([value for value in values_of(facts[0].category, held_out=True) if value != facts[0].value])
-    return _recall(rng, facts, [Fact(facts[0].category, value).statement], gap, tokenizer)
-
-
-def _recall(rng: random.Random, facts: list[Fact], earlier: list[str], gap: int, tokenizer: Tokenizer) -> Dialogue:
-    asked, *others = facts
+    Where it is changed, another value was stated before: the last statement counts.
+    """
+    asked, *others = random_facts(rng, num_facts, held_out=True)
+    earlier = []
+    if changed:
+        value = rng.choice([value for value in values_of(asked.category, held_out=True) if value != asked.value])
+        earlier = [Fact(asked.category, value).statement]
     cut = rng.randint(0, len(others))
     before = [fact.statement for fact in others[:cut]] + [small_talk(rng) for _ in range(2)] + earlier
     after = fill_up([fact.statement for fact in others[cut:]], gap, rng, tokenizer)

@@ -19,7 +19,7 @@ from minillm.corpus import (
     training_dialogue,
     values_of,
 )
-from minillm.evaluate import abstention_dialogue, change_dialogue, recall_dialogue
+from minillm.evaluate import abstention_dialogue, recall_dialogue
 from minillm.train import corpus_tokenizer
 
 TOKENIZER = corpus_tokenizer(1536, seed=0)
@@ -82,7 +82,7 @@ def test_evaluation_asks_about_held_out_facts_at_the_distance_that_it_says():
 
 def test_a_change_states_two_held_out_values_and_asks_for_the_last():
     for seed in range(50):
-        prompt, answer = change_dialogue(random.Random(seed), 7, 200, TOKENIZER)
+        prompt, answer = recall_dialogue(random.Random(seed), 7, 200, TOKENIZER, changed=True)
         category = next(c for c in CATEGORIES if prompt.endswith(c.question))
         stated = {prompt.find(category.statement.format(v)): v for v in values_of(category, True)}
         (_, old), (place, new) = sorted(item for item in stated.items() if item[0] >= 0)

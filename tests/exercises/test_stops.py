@@ -5,7 +5,9 @@ import importlib
 import pytest
 
 from course.stops import STOPS
-from course.tasks import NotYet, fresh_inputs, run
+from course.tasks import TASKS, NotYet, fresh_inputs, run
+from tests.exercises.answers import right_answers, wrong_answers
+from tools.run_tests import ROOT
 
 ANSWERS = {name: importlib.import_module(f"tests.exercises.{name}") for name in STOPS}
 RIGHT = [(name, which) for name in STOPS for which in ["model answer", *ANSWERS[name].RIGHT]]
@@ -33,3 +35,10 @@ def test_a_wrong_answer_is_told_what_is_wrong(name, wrong, record_property):
 @pytest.mark.parametrize("name", STOPS)
 def test_a_stop_has_another_right_answer_and_three_wrong_ones(name):
     assert ANSWERS[name].RIGHT and len({wrong.name for wrong in ANSWERS[name].WRONG}) >= 3
+
+
+def test_the_readme_counts_the_answers_that_are_tried():
+    right = len(RIGHT) + sum(len(right_answers(task)) for task in TASKS.values())
+    wrong = len(WRONG) + sum(len(wrong_answers(task)) for task in TASKS.values())
+    words = f"{len(TASKS)} exercises and {len(STOPS)} writing stops were tried on {right} right answers and {wrong} wrong"
+    assert words in (ROOT / "README.md").read_text()
