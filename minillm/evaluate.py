@@ -41,7 +41,8 @@ def evaluate(model: MiniLLM, tokenizer: Tokenizer, dialogues_per_cell: int = 100
         abstention: between the first sentence and the question), and the mean of each under "mean".
     """
     results: dict = {}
-    kinds = {"recall": recall_dialogue, "latest": partial(recall_dialogue, changed=True), "abstention": abstention_dialogue}
+    latest = partial(recall_dialogue, changed=True)
+    kinds = {"recall": recall_dialogue, "latest": latest, "abstention": abstention_dialogue}
     progress = tqdm(total=len(kinds) * len(FACTS) * len(GAPS), desc="evaluate", unit="cell")
     for kind, make in kinds.items():
         results[kind] = {}
