@@ -24,7 +24,7 @@ NOT_NEEDED = {"jupyterlab"}  # Colab has a page of its own
 
 # The same in every notebook, under its title: nothing of the course is there yet when it runs.
 FIRST_CELL = """\
-# Fetches the course on Google Colab. In an installation of your own it does nothing.
+# @title Fetches the course on Google Colab. In an installation of your own it does nothing.
 import os
 import subprocess
 import sys
@@ -42,9 +42,9 @@ if "google.colab" in sys.modules:
     from course.colab import set_up
 
     set_up()"""
-# JupyterLab shows the cell folded. It prints nothing there, and nbval checks that.
+# JupyterLab and Colab show the cell folded, Colab with its title. It prints nothing here, and nbval checks that.
 FIRST_CELL_ID = "colab"
-FIRST_CELL_METADATA = {"jupyter": {"source_hidden": True}, "tags": ["colab"]}
+FIRST_CELL_METADATA = {"cellView": "form", "jupyter": {"source_hidden": True}, "tags": ["colab"]}
 
 
 def first_cell(address: str) -> str:

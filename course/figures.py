@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -238,12 +239,23 @@ def running_state(scores: Tensor, m: Tensor, l: Tensor, tokens: Sequence[str]) -
 def lines(curves: dict[str, tuple[Sequence[float], Sequence[float]]], xlabel: str, ylabel: str) -> Figure:
     """Up to four curves by name, {name: (x, y)}, on logarithmic axes, labelled at their right end."""
     figure, axes = plt.subplots(figsize=(8, 3.6))
-    for (colour, marker), (name, (x, y)) in zip(METHODS, curves.items(), strict=False):
+    for (colour, marker), (x, y) in zip(METHODS, curves.values(), strict=False):
         axes.plot(x, y, color=colour, linewidth=1.8, marker=marker, markersize=4)
-        axes.annotate(name, (x[-1], y[-1]), textcoords="offset points", xytext=(6, -3), color=colour, fontsize=9)
     axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
     axes.margins(x=0.28)
+    _label_ends(axes, curves)
     return figure
+
+
+def _label_ends(axes: Axes, curves: dict[str, tuple[Sequence[float], Sequence[float]]]) -> None:
+    """Names the curves at their right ends, from the lowest up, each above the one before."""
+    free = -math.inf  # where the next name may begin, in points
+    rising = sorted(zip(METHODS, curves.items(), strict=False), key=lambda curve: curve[1][1][1][-1])
+    for (colour, _), (name, (x, y)) in rising:
+        end = axes.transData.transform((x[-1], y[-1]))[1] * 72 / axes.figure.dpi
+        up = max(0, free - end)
+        axes.annotate(name, (x[-1], y[-1]), textcoords="offset points", xytext=(6, up - 3), color=colour, fontsize=9)
+        free = end + up + 11
 
 
 def tile_map(visibility: Visibility, block_q: int, block_k: int) -> Figure:
@@ -276,6 +288,7 @@ def traffic_curves(
     axes.text(blocks[-1], 1.08, "unfused", color=GREY, ha="right", fontsize=9)
     axes.set(xscale="log", yscale="log", xlabel="queries (FA2) or keys (FA1) in a tile", ylabel="traffic / unfused")
     axes.set_xticks(blocks, [str(block) for block in blocks])
+    axes.set_yticks([0.25, 0.5, 1, 2], ["0.25", "0.5", "1", "2"])
     axes.minorticks_off()
     axes.margins(x=0.12)
     axes.legend(frameon=False, fontsize=9, loc="lower left")

@@ -246,6 +246,11 @@ def _kept(
     return answer
 
 
+def _first_that_reaches(probabilities: Tensor, p: float) -> Tensor:
+    """At p = 1 rounding may leave every running sum below p; `argmax` of "none" is then place 0."""
+    return nucleus(probabilities, p if p < 1 else 0.0001)
+
+
 def _in_order(probabilities: Tensor, p: float) -> Tensor:
     return nucleus(probabilities, p).sort(descending=True).values
 
@@ -273,6 +278,11 @@ NUCLEUS_MISTAKES = [
         _kept(
             lambda ordered, together, p: together - ordered - ordered.roll(1).index_fill(0, torch.tensor([0]), 0) < p
         ),
+    ),
+    Mistake(
+        "only the likeliest token stays: at p = 1 rounding can leave the whole sum below p, so that no running sum "
+        "reaches it; all tokens stay then",
+        _first_that_reaches,
     ),
     Mistake("the result is sorted: each probability belongs at its own token's place", _in_order),
     Mistake(

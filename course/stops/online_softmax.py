@@ -13,7 +13,8 @@ from torch import Generator, Tensor
 from course.tasks.judge import Mistake, as_tuple, call, compare, compare_results
 from course.tasks.task import Case, NotYet, Task
 
-NAN = "exp of a score alone overflows, and so does exp(m_new − m): the rescale is exp(m − m_new), at most 1"
+CAUSE = "exp of a score alone overflows, and so does exp(m_new − m): the rescale is exp(m − m_new), at most 1"
+NAN = {"nan": CAUSE, "no_key": ""}  # each row sees its keys
 HELD = 4  # scores that a loop may hold: the one that it looks at, the largest, and a few by accident
 
 
@@ -29,7 +30,7 @@ def online_sum(scores: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
 
 def online_output(scores: Iterable[Tensor], values: Iterable[Tensor]) -> Tensor:
     """softmax(scores) @ values, in one walk."""
-    m, l, acc = torch.tensor(-torch.inf), 0.0, 0.0
+    m, l, acc = torch.tensor(-torch.inf), torch.tensor(0.0), torch.tensor(0.0)
     for x, value in zip(scores, values, strict=True):
         m_new = torch.maximum(m, x)
         rescale, p = (m - m_new).exp(), (x - m_new).exp()
@@ -51,7 +52,8 @@ class Walk:
     """Scores or values that come one after the other, and only once."""
 
     def __init__(self, row: Tensor):
-        self._row, self._seen, self._begun = row, [], False
+        self._row, self._begun = row, False
+        self._seen: list[weakref.ref[Tensor]] = []
 
     def __iter__(self) -> Iterator[Tensor]:
         if self._begun:
@@ -81,7 +83,7 @@ def sum_case(title: str, n: int = 6, *, times: float = 1, shift: float = 0, orde
             _exact_sum,
             results={"m": ("row",), "l": ("row",)},
             mistakes=SUM_MISTAKES,
-            nan=NAN,
+            **NAN,
             asks="m is the largest score, l the sum of exp(score − m)",
             times=max(times, abs(shift)),
         )
@@ -127,6 +129,10 @@ SUM_MISTAKES = [
         _sum_with(lambda l, x, m, new: torch.where(new > m, 0, l) + (x - new).exp()),
     ),
     Mistake(
+        "a new largest score is lost: after the rescale, add exp(x − m_new), which is 1 for it",
+        _sum_with(lambda l, x, m, new: l * (m - new).exp() + torch.where(x > m, 0, (x - new).exp())),
+    ),
+    Mistake(
         "the new score is rescaled too: rescale the old sum alone, and then add",
         _sum_with(lambda l, x, m, new: (l + (x - new).exp()) * (m - new).exp()),
     ),
@@ -139,9 +145,7 @@ SUM_MISTAKES = [
         _sum_with(lambda l, x, m, new: l * (m - new).exp() + (x - new).exp(), start=0),
     ),
     Mistake("the powers are of 2: use exp", _sum_with(lambda l, x, m, new: l * 2 ** (m - new) + 2 ** (x - new))),
-    Mistake(
-        "m stays at −∞: in the end of each step it is m_new", lambda row: (row.new_tensor([-math.inf]), row.new_ones(1))
-    ),
+    Mistake("m stays at −∞: each step ends with m = m_new", lambda row: (row.new_tensor([-math.inf]), row.new_ones(1))),
     Mistake(
         "the first score is counted twice: where m starts with it, begin with the second",
         lambda row: (_exact_sum(row)[0], _exact_sum(row)[1] + (row[:1] - row.amax()).exp()),
@@ -150,6 +154,7 @@ SUM_MISTAKES = [
         "l is the sum of exp(score): subtract m, or exp overflows",
         lambda row: (row.amax()[None], row.exp().sum()[None]),
     ),
+    Mistake("m and l are swapped: return m first, then l", lambda row: _exact_sum(row)[::-1]),
     Mistake("l is its logarithm: keep the sum itself", lambda row: (_exact_sum(row)[0], _exact_sum(row)[1].log())),
 ]
 
@@ -166,7 +171,7 @@ def output_case(title: str, n: int = 6, *, times: float = 1, order: Callable | N
             lambda row, values: row.softmax(0) @ values,
             results={"out": ("dim",)},
             mistakes=OUTPUT_MISTAKES,
-            nan=NAN,
+            **NAN,
             times=times,
         )
 
@@ -210,12 +215,12 @@ OUTPUT_MISTAKES = [
 ]
 
 
-def merge_two_case(title: str, lse_a: float, lse_b: float, *, rows: int = 3, d: int = 4) -> Case:
-    """Two results of some rows whose lse lie around these numbers."""
+def merge_two_case(title: str, lse_a: float, lse_b: float, *, rows: int = 3, uneven: float = 0) -> Case:
+    """Two results of some rows whose lse lie around these numbers, and in each row higher by `uneven`."""
 
     def judge(function: Callable, generator: Generator) -> None:
-        out_a, out_b = torch.randn(2, rows, d, generator=generator)
-        spread_a, spread_b = torch.randn(2, rows, generator=generator)
+        out_a, out_b = torch.randn(2, rows, 4, generator=generator)
+        spread_a, spread_b = torch.randn(2, rows, generator=generator) + uneven * torch.arange(rows)
         compare(
             function,
             (out_a, spread_a + lse_a, out_b, spread_b + lse_b),
@@ -223,6 +228,7 @@ def merge_two_case(title: str, lse_a: float, lse_b: float, *, rows: int = 3, d: 
             results={"out": ("row", "dim"), "lse": ("row",)},
             mistakes=MERGE_MISTAKES,
             nan="exp of an lse overflows, or all are 0: subtract the larger one of the row first",
+            no_key="",
         )
 
     return Case(title, judge)
@@ -244,7 +250,15 @@ def _merge_with(
     return answer
 
 
+def _one_largest(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """One largest lse for all rows."""
+    m = torch.maximum(lse_a, lse_b).max()
+    a, b = (lse_a - m).exp(), (lse_b - m).exp()
+    return (a / (a + b))[:, None] * out_a + (b / (a + b))[:, None] * out_b, m + (a + b).log()
+
+
 MERGE_MISTAKES = [
+    Mistake("one lse is subtracted in all rows: each row needs the larger one of its own", _one_largest),
     Mistake(
         "it is the plain average: each part counts by exp of its lse",
         _merge_with(lambda a, b: (torch.full_like(a, 0.5), torch.full_like(b, 0.5))),
@@ -329,6 +343,7 @@ STOPS = [
                 merge_two_case("lse near 1000", 1000, 1001, rows=30),
                 merge_two_case("lse near −1000", -1000, -1001, rows=30),
                 merge_two_case("lse near 0 and 1000", 0, 1000),
+                merge_two_case("lse near −1000 in one row, near 0 and 1000 in the next", -1000, -1000, uneven=1000),
             ]
         },
         model_answer=merge_two,

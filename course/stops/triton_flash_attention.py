@@ -89,12 +89,18 @@ def _looped_case(n: int, block: int = 16, d: int = 32, scale: float = 0.3, apart
             results={"out": ("query", "dim")},
             mistakes=LOOP_MISTAKES,
             asks=asks,
-            nan="is m, l or acc used before it has a number, or does m fall, so that exp overflows?",
+            nan=NAN_LOOPED,
             times=APART / 4 if apart else 1,
         )
 
     kind = ", every other query's scores are far below" if apart else ""
     return Case(f"{counted(n, 'query', 'queries')} and keys, B {block}, D {d}{kind}", judge)
+
+
+NAN_LOOPED = (
+    "is a row read that is not there? The tile at j begins j * stride numbers after the pointer, and the last one has "
+    "n - j rows. Or is m, l or acc used before it has a number, or does m fall, so that exp overflows?"
+)
 
 
 def _slip(**slips: Any) -> Callable[..., Tensor]:
@@ -158,7 +164,13 @@ STOPS = [
                 _looped_case(16, asks="one tile: scores, softmax, values"),
                 _looped_case(64, asks="four tiles: is the online softmax right?"),
                 _looped_case(43, asks="the third tile has 11 keys"),
-                _looped_case(37, block=32, d=16, apart=True, asks="each query has its own largest score"),
+                _looped_case(
+                    37,
+                    block=32,
+                    d=16,
+                    apart=True,
+                    asks="the second tile has 5 keys, and each query has its own largest score",
+                ),
             ]
         },
         model_answer=cast(Callable, InTriton("looped")),

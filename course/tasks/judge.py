@@ -45,6 +45,7 @@ def compare_results(
     mistakes: Iterable[Mistake] = (),
     asks: str = "",
     nan: str = "which step made it?",
+    no_key: str = NO_KEY,
     factor: float = 2,
     times: float = 1,
 ) -> None:
@@ -60,6 +61,7 @@ def compare_results(
         mistakes: that are known, the likeliest first.
         asks: a question to ask where it is none of them.
         nan: the cause of NaN, or a question about it.
+        no_key: another cause; "" where each row sees a key, or where `nan` names it.
         factor: of the error budget, 2 for results and 3 for gradients.
         times: how much larger than usual the scores are; exp amplifies their rounding by as much.
 
@@ -79,7 +81,8 @@ def compare_results(
             raise NotYet(message if isinstance(message, str) else message(*inputs))
     for (name, axes), mine in zip(results.items(), got, strict=True):
         if mine.isnan().any():
-            raise NotYet(f"{name} is NaN at {_first(mine.isnan(), axes)}: {nan}\n{NO_KEY}")
+            question = "" if "−∞ − (−∞)" in nan else no_key
+            raise NotYet(f"{name} is NaN at {_first(mine.isnan(), axes)}: {nan}\n{question}".rstrip())
     name, axes = list(results.items())[wrong[0]]
     where = _largest_error(got[wrong[0]], reference[wrong[0]], axes)
     raise NotYet("\n".join(filter(None, [f"{name} is {where}", asks])))

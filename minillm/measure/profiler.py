@@ -189,7 +189,7 @@ def _reading(decode: Phase, bandwidth: float) -> str:
     share = decode.bandwidth / bandwidth
     weights, cache = decode.reads[-1]
     size, rate = format_bytes(weights + cache), f"{decode.bandwidth / 1e9:.1f} GB/s"
-    found = f"decode reads the {size} of a step at {rate}, this machine can at {bandwidth / 1e9:.1f} GB/s"
+    found = f"decode reads the {size} of a step at {rate}, of the {bandwidth / 1e9:.1f} GB/s that this machine reaches"
     if share <= 0.6:
         return f"{found}: memory is not the limit, overhead is (a larger batch or a larger model hides it)"
     part, cure = ("weights", "8 bits for each") if weights >= cache else ("cache", "fewer KV heads, a shorter context")

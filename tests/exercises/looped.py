@@ -49,6 +49,7 @@ WRONG = [
     slip(WHERE, "", name="no mask", told="the tail is not masked"),
     slip('s, float("-inf"))', "s, 0.0)", name="a tail with score 0", told="the tail is not masked"),
     slip("(columns < n)[None, :]", "(tl.arange(0, B) < n)[None, :]", name="a mask of the tile", told="the tail is not masked"),
+    slip("(columns < n)[:, None]", "(tl.arange(0, B) < n)[:, None]", name="rows from n on", told="the last one has n - j rows"),
     slip("(columns < n)[None, :]", "(columns <= n)[None, :]", name="one key too many", told="keys j + tl.arange(0, B) < n"),
     slip("(columns < n)[None, :]", "(columns + 1 < n)[None, :]", name="one key too few", told="key n - 1 is there too"),
     slip("acc * old[:, None]", "acc", name="acc not rescaled", told="acc is not rescaled"),
@@ -61,6 +62,6 @@ WRONG = [
     slip("        m = new\n", "        m = new\n        acc = acc / l[:, None]\n", name="divided in the loop", told="divided by l already"),
     slip("tl.max(s, 1)", "tl.max(s)", name="the largest of all queries", told="that of the whole tile"),
     slip("tl.trans(k_tile)", "k_tile", name="k as it is", told="in the line: s = tl.dot(q_tile, k_tile"),
-    slip("columns[:, None] * stride", "columns[:, None] * D", name="rows without the stride", told="out is NaN"),
+    slip("columns[:, None] * stride", "columns[:, None] * D", name="rows without the stride", told="begins j * stride"),
     slip("@triton.jit", "", name="no Triton function", told="keep the line @triton.jit"),
 ]

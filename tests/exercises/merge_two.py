@@ -44,4 +44,6 @@ WRONG = [
     changed(by_sigmoid, "share = ", "share = 0.5 + 0 * ", name="average", told="plain average"),
     changed(stacked, "lses.softmax(0)", "torch.ones_like(lses)", name="sum", told="added up: both are normalised"),
     changed(stacked, "lses.softmax(0)", "lses / lses.sum(0)", name="by lse", told="count by their lse"),
+    changed(shifted, "torch.maximum(lse_a, lse_b)", "torch.maximum(lse_a, lse_b).max()", name="one shift for all rows",
+            told="one lse is subtracted in all rows"),
 ]

@@ -2,7 +2,7 @@
 
 import torch
 
-from tests.exercises.answers import changed
+from tests.exercises.answers import Wrong, changed
 
 
 def one_by_one(probabilities, p):
@@ -23,6 +23,16 @@ def by_smallest(probabilities, p):
     smallest = largest[: min(stays, len(largest))][-1]
     logits = probabilities.log().masked_fill(probabilities < smallest, -torch.inf)
     return logits.softmax(0)
+
+
+def by_argmax(probabilities, p):
+    """Finds the first running sum that reaches p: at p = 1 there may be none, and argmax of that is 0."""
+    largest, tokens = probabilities.sort(descending=True)
+    together = largest.cumsum(0) - 1e-6  # as rounding may have it
+    stays = int((together >= p).int().argmax()) + 1
+    kept = torch.zeros_like(probabilities)
+    kept[tokens[:stays]] = largest[:stays]
+    return kept / kept.sum()
 
 
 RIGHT = {"one by one": one_by_one, "by the smallest": by_smallest}
@@ -49,4 +59,5 @@ WRONG = [
         told="softmax is taken of probabilities",
     ),
     changed(by_smallest, "< smallest", "< p", name="each alone", told="compared with p alone"),
+    Wrong("no sum reaches 1", by_argmax, "rounding can leave the whole sum below p"),
 ]

@@ -72,4 +72,9 @@ WRONG = [
     changed(in_floats, "return m, l", "return m, math.log(l)", name="logarithm", told="l is its logarithm"),
     changed(in_floats, "return m, l", "return l", name="m not returned", told="1 results, expected 2"),
     changed(in_two_branches, "torch.exp(", "torch.exp2(", name="base 2", told="the powers are of 2"),
+    changed(in_floats, "return m, l", "return l, m", name="swapped", told="m and l are swapped"),
+    changed(in_floats, "+ math.exp(x - m_new)", "+ (x <= m and math.exp(x - m_new))", name="a new largest one lost",
+            told="a new largest score is lost"),
+    changed(in_floats, "l * math.exp(m - m_new) + math.exp(x - m_new)",
+            "(l + math.exp(x - m_new)) * math.exp(m - m_new)", name="rescaled too", told="the new score is rescaled too"),
 ]

@@ -65,8 +65,8 @@ def test_the_advice_follows_from_the_figures():
     at_the_limit = made_of(prefill=[0.1], decode=[0.01] * 100)  # 10 GB/s
     assert at_the_limit.suggestions(bandwidth=12e9) == [
         "decode takes 91% of the time: a batch shares each step's reading of the weights",
-        "decode reads the 95.37 MiB of a step at 10.0 GB/s, this machine can at 12.0 GB/s: memory is the limit, only "
-        "fewer bytes help, and 100% of them are weights (8 bits for each)",
+        "decode reads the 95.37 MiB of a step at 10.0 GB/s, of the 12.0 GB/s that this machine reaches: memory is "
+        "the limit, only fewer bytes help, and 100% of them are weights (8 bits for each)",
     ]
     (_, reading) = made_of(weights=10**7, cache=3 * 10**7, decode=[0.01] * 100).suggestions(bandwidth=5e9)
     assert reading.endswith("and 75% of them are cache (fewer KV heads, a shorter context)")
