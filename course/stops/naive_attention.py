@@ -142,7 +142,7 @@ STOPS = [
             "out": [
                 grouped_case(5, 5, 1, 1, asks="is the factor 1/√d there?"),
                 grouped_case(3, 7, 4, 2, asks="query heads 0 and 1 read KV head 0"),
-                grouped_case(6, 6, 6, 2, asks="query heads 0, 1 and 2 read KV head 0"),
+                grouped_case(7, 7, 6, 2, asks="query heads 0, 1 and 2 read KV head 0"),
                 grouped_case(2, 9, 4, 1, asks="all query heads read the one KV head"),
             ]
         },

@@ -52,8 +52,7 @@ class Walk:
     """Scores or values that come one after the other, and only once."""
 
     def __init__(self, row: Tensor):
-        self._row, self._begun = row, False
-        self._seen: list[weakref.ref[Tensor]] = []
+        self._row, self._begun, self._seen = row, False, list[weakref.ref[Tensor]]()
 
     def __iter__(self) -> Iterator[Tensor]:
         if self._begun:

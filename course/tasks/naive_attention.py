@@ -110,7 +110,8 @@ def _why_nan(got: object, sq: int, sk: int) -> str:
     row = int(lost.nonzero()[0])
     sees = max(0, row + sk - sq + 1)
     if not sees:
-        return f"query {row} of {sq} must see no key: its out is 0, its lse −∞. Which step made NaN of that?"
+        why = "Softmax of −∞ alone is NaN; −∞ − (−∞) and 0 / 0 are NaN too"
+        return f"query {row} of {sq} must see no key: its out is 0, its lse −∞. {why}"
     return (
         f"so is its whole row, as where a mask hides all keys; query {row} of {sq} must see {sees} of {sk}. Is the "
         "diagonal sk − sq, with this sign? Is −∞ where the query does not see the key?"
@@ -308,7 +309,7 @@ TASKS = [
             ],
             "heads": [
                 gqa_case(7, 7, 6, 2, asks="query heads 0, 1 and 2 read KV head 0"),
-                gqa_case(4, 6, 4, 1, asks="all query heads read the one KV head"),
+                gqa_case(3, 6, 4, 1, asks="all query heads read the one KV head"),
             ],
             "empty": [
                 gqa_case(6, 4, 2, 2, asks="queries 0 and 1 stand before the first key: out 0, lse −∞"),
