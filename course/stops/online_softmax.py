@@ -14,7 +14,7 @@ from course.tasks.judge import Mistake, as_tuple, call, compare, compare_results
 from course.tasks.task import Case, NotYet, Task
 
 CAUSE = "exp of a score alone overflows, and so does exp(m_new − m): the rescale is exp(m − m_new), at most 1"
-NAN = {"nan": CAUSE, "no_key": ""}  # each row sees its keys
+NAN: dict[str, Any] = {"nan": CAUSE, "no_key": ""}  # each row sees its keys
 HELD = 4  # scores that a loop may hold: the one that it looks at, the largest, and a few by accident
 
 
@@ -52,7 +52,8 @@ class Walk:
     """Scores or values that come one after the other, and only once."""
 
     def __init__(self, row: Tensor):
-        self._row, self._begun, self._seen = row, False, list[weakref.ref[Tensor]]()
+        self._row, self._begun = row, False
+        self._seen: list[weakref.ref[Tensor]] = []
 
     def __iter__(self) -> Iterator[Tensor]:
         if self._begun:
@@ -75,9 +76,8 @@ def sum_case(title: str, n: int = 6, *, times: float = 1, shift: float = 0, orde
     def judge(function: Callable, generator: Generator) -> None:
         row = torch.randn(n, generator=generator) * times + shift
         row = order(row) if order else row
-        got = as_tuple(call(function, Walk(row)))
         compare_results(
-            tuple(_one_row(x, row) for x in got),
+            tuple(_one_row(x, row) for x in as_tuple(call(function, Walk(row)))),
             (row,),
             _exact_sum,
             results={"m": ("row",), "l": ("row",)},
