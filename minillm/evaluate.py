@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Callable
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,11 @@ def evaluate(model: MiniLLM, tokenizer: Tokenizer, dialogues_per_cell: int = 100
     """
     results: dict = {}
     latest = partial(recall_dialogue, changed=True)
-    kinds = {"recall": recall_dialogue, "latest": latest, "abstention": abstention_dialogue}
+    kinds: dict[str, Callable[..., Dialogue]] = {
+        "recall": recall_dialogue,
+        "latest": latest,
+        "abstention": abstention_dialogue,
+    }
     progress = tqdm(total=len(kinds) * len(FACTS) * len(GAPS), desc="evaluate", unit="cell")
     for kind, make in kinds.items():
         results[kind] = {}

@@ -33,7 +33,7 @@ def test_an_answer_that_became_markdown_earns_its_points(tmp_path):
     result = grade(Result("ann", "ann", unit().name), unit(), handed, 1, Patience(60))
     assert sum(verdict.points or 0 for verdict in result.verdicts) == POINTS
     assert result.remarks == [
-        "unit.ipynb: the answer cell gqa_attention (cell 5) is Markdown: graded as code; the key Y makes it code again"
+        "unit.ipynb: the answer cell gqa_attention (cell 6) is Markdown: graded as code; the key Y makes it code again"
     ]
 
 

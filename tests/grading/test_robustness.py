@@ -113,7 +113,7 @@ def test_a_right_answer_keeps_its_points_however_the_notebook_comes_back(tmp_pat
     Console(width=100).print(table)
     assert {name: points(results[name]) for name in RETURNED} == {name: worth for name, (_, worth) in RETURNED.items()}
     assert "SyntaxError: Missing parentheses" in everything_said(results["an answer in Python 2"])
-    assert "(cell 5, line 7)" in results["an answer in Python 2"]["verdicts"][0]["message"]
+    assert "(cell 6, line 9)" in results["an answer in Python 2"]["verdicts"][0]["message"]
     assert "no cell defines a function" in everything_said(results["a name that is not the task's"])
 
 
