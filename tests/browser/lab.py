@@ -220,7 +220,8 @@ class Notebook:
 
 # ipywidgets' own classes: texts and progress bars are shown like controls, and are none.
 CONTROL = ".widget-inline-hbox:not(.widget-html, .widget-label, .widget-hprogress), .jupyter-button"
-FOCUSABLE = ".noUi-handle, input, button"
+# A control may be a button itself.
+FOCUSABLE = "xpath=descendant-or-self::*[self::button or self::input or contains(@class, 'noUi-handle')]"
 
 
 class Widget:
@@ -260,7 +261,7 @@ class Widget:
         """Drags a slider's handle to the other half, clicks what is no slider."""
         control.scroll_into_view_if_needed()
         if not control.locator(".noUi-handle").count():
-            control.locator("input, button").first.click()
+            control.locator(FOCUSABLE).first.click()
             return
         track, handle = control.locator(".noUi-base").bounding_box(), control.locator(".noUi-handle").bounding_box()
         x, y = handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2
