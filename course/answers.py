@@ -119,7 +119,11 @@ def _source_of(stop: Task) -> Source:
 def _from_solutions(name: str) -> str:
     """The text of the cell with this id, the marks of the solution left out."""
     for path in sorted(SOLUTIONS.glob("*/*.ipynb")):
-        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        try:
+            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"solutions/{path.parent.name}/{path.name} is no notebook: {error!r}") from None
+        for cell in cells:
             if cell["metadata"].get("nbgrader", {}).get("grade_id") == name:
                 return re.sub(r"^ *### (BEGIN|END) SOLUTION\n?", "", "".join(cell["source"]), flags=re.MULTILINE)
     raise ValueError(f"{name}: there is no model answer here, for the folder solutions/ has none: ask your instructor")

@@ -208,6 +208,41 @@ def test_nothing_of_the_code_is_lost_on_its_way_to_a_page():
     assert html.unescape(re.sub("<[^>]+>", "", inside)) == source.code
 
 
+# ---- what a broken folder does
+
+
+def test_a_broken_notebook_of_solutions_is_named(monkeypatch, tmp_path):
+    (tmp_path / "02").mkdir()
+    (tmp_path / "02" / "a.ipynb").write_text("{broken")
+    monkeypatch.setattr(ANSWERS, "SOLUTIONS", tmp_path)
+    with pytest.raises(ValueError, match="solutions/02/a.ipynb is no notebook"):
+        course.solution("merge", anyway=True)
+
+
+@pytest.mark.parametrize("text", ["[broken", "number = 3", "[tail]\nquestion = 'How?'"])
+def test_a_wrong_file_of_predictions_is_named(text, monkeypatch, tmp_path):
+    (tmp_path / "97.toml").write_text(text)
+    monkeypatch.setattr(predictions, "FOLDER", tmp_path)
+    with pytest.raises(ValueError, match="course/predictions/97.toml: "):
+        predictions.questions("97")
+
+
+def test_a_right_answer_and_a_choice_are_told_where_no_note_can_be_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr(NOTES, "FILE", tmp_path / "not there" / "progress.json")
+    with pytest.warns(UserWarning, match="progress is not kept"):
+        assert "right" in str(course.check(STOPS["online_sum"].model_answer))
+    widget = shown(NAMES[0])
+    with pytest.warns(UserWarning, match="progress is not kept"):
+        widget.buttons[0].click()
+    assert widget.verdict.value
+
+
+def test_a_note_that_is_no_text_counts_as_none():
+    NOTES.FILE.write_text('{"merge": ["a day"], "grad_q": "2026-01-01"}')
+    assert NOTES.read() == {"grad_q": "2026-01-01"}
+    assert f"1 of {len(TASKS)} exercises done" in text_of(course.progress())
+
+
 def test_notes_are_kept_as_json():
     NOTES.note("merge")
     assert json.loads(NOTES.FILE.read_text()) == NOTES.read()

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import nbformat
+import pytest
 
 from tools.fresh import FOLDER, copy_lessons
 from tools.run_tests import ROOT
@@ -31,6 +32,21 @@ def test_a_lesson_that_was_begun_stays_and_one_that_was_deleted_comes_again(tmp_
     second.unlink()
     assert copy_lessons(tmp_path) == [second]
     assert first.read_text() == "mine"
+
+
+def test_a_copy_that_was_interrupted_is_made_again(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
+
+    def interrupted(_, path):
+        Path(path).write_text("{half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nbformat, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            copy_lessons(tmp_path)
+    copy_lessons(tmp_path)
+    assert list(lessons(tmp_path, FOLDER)) == list(lessons(ROOT, "notebooks"))
 
 
 def test_git_leaves_the_folder_alone_and_make_opens_it():

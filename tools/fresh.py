@@ -30,7 +30,9 @@ def copy_lessons(root: Path) -> list[Path]:
         copy = root / FOLDER / path.name
         if not copy.exists():
             copy.parent.mkdir(exist_ok=True)
-            nbformat.write(without_outputs(nbformat.read(path, as_version=4)), copy)
+            part = copy.with_suffix(".part")  # a crash leaves no half of a lesson, which would stay
+            nbformat.write(without_outputs(nbformat.read(path, as_version=4)), part)
+            part.replace(copy)
             made.append(copy)
     return made
 

@@ -50,9 +50,16 @@ def names() -> list[str]:
 
 @cache
 def questions(lesson: str) -> dict[str, Question]:
-    """The questions of a lesson by name, in the order in which they are asked."""
+    """The questions of a lesson by name, in the order in which they are asked.
+
+    Raises:
+        ValueError: the file is no TOML, or a question has other fields than `Question`.
+    """
     with open(FOLDER / f"{lesson}.toml", "rb") as file:
-        return {name: Question(**asked) for name, asked in tomllib.load(file).items()}
+        try:
+            return {name: Question(**asked) for name, asked in tomllib.load(file).items()}
+        except (tomllib.TOMLDecodeError, TypeError) as error:
+            raise ValueError(f"course/predictions/{lesson}.toml: {error}") from None
 
 
 class Prediction(VBox):

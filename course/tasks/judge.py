@@ -14,9 +14,11 @@ from torch.overrides import TorchFunctionMode
 
 from course.tasks.task import NotBegun, NotYet
 from minillm.measure import error_budget, format_bytes, measure_memory
+from minillm.measure.memory import empty_recordings
 
 NO_KEY = "or does this row see no key? −∞ − (−∞) and 0 / 0 are NaN too"
 MOST_CALLS = 200_000  # of torch, where memory is measured: that takes some 10 s
+CALLS_BETWEEN_CUTS = 10_000  # of torch, between two times that its recording is emptied: some 80 MiB
 
 
 class Mistake(NamedTuple):
@@ -162,6 +164,8 @@ class _OwnWork(TorchFunctionMode):
         self.calls += 1
         if self.most_calls and self.calls > self.most_calls:
             raise NotYet(f"work on whole blocks: it calls torch more than {self.most_calls:,} times here")
+        if self.most_calls and self.calls % CALLS_BETWEEN_CUTS == 0:
+            empty_recordings()
         name = getattr(func, "__name__", "")
         if "scaled_dot_product" in name or "flash_attention" in name:
             raise NotYet(f"it calls {name}: write it with matrix products and elementwise operations")

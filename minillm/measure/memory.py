@@ -17,7 +17,7 @@ On the CPU the allocator's events come from PyTorch's profiler, for the calling 
 samples of the process's size, so they repeat to the byte (scratch that an operator cuts up by threads
 depends on how many there are). A ``TorchDispatchMode`` that watches storages would be lighter, but cannot see
 inside a C++ operator. No other profile may run on the thread, and only one thread may measure at a time.
-The profiler keeps some KiB for each operator, so it is emptied after every `CALLS_BETWEEN_CUTS` calls of torch.
+The profiler keeps some KiB for each operator: a loop of many calls can empty it in between, `empty_recordings`.
 
 On CUDA they come from the caching allocator's history, for this process and one device; a history that you
 record yourself is lost. Call the function once before you measure it: the first matrix product also
@@ -26,6 +26,7 @@ allocates cuBLAS's workspace, some MiB, and keeps it.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -35,10 +36,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.autograd.profiler import profile
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-
-CALLS_BETWEEN_CUTS = 10_000  # of torch, between two times that a recording is emptied: some 80 MiB
 
 
 @dataclass(frozen=True)
@@ -106,8 +104,7 @@ def measure_memory(
     if not callable(function):
         raise TypeError(f"function is {type(function).__name__}, not something that can be called")
     place = _place(device, (args, kwargs))
-    recorder = _recorder(place)
-    with _recording(recorder) as events, _Cuts(recorder):
+    with _recording(_recorder(place)) as events:
         result = function(*args, **kwargs)
     return AllocatedBytes(result, *_account(events), device=str(place))
 
@@ -132,6 +129,17 @@ def record_peak(device: torch.device | str = "cpu") -> Iterator[list[int]]:
     with _recording(_recorder(_place(device, ()))) as events:
         yield peak
     peak.append(_account(events)[0])
+
+
+def empty_recordings() -> None:
+    """Hands on what was recorded so far, so that a long loop under measurement needs no more memory than a short one.
+
+    The one that calls torch calls this, as after every 10,000 calls (some 80 MiB). A mode that counts them for every
+    measurement would have torch.compile compile again in each.
+    """
+    for recorder in _recorders.values():
+        if recorder.logs:
+            _cut(recorder, go_on=True)
 
 
 def format_bytes(size: float) -> str:
@@ -203,39 +211,32 @@ def _recording(recorder: _Recorder) -> Iterator[list[Event]]:
     """
     log: list[Event] = []
     if recorder.logs:
-        _cut(recorder)
-    recorder.start()
+        _cut(recorder, go_on=True)
+    else:
+        recorder.start()
     recorder.logs.append(log)
     try:
         yield log
     finally:
         try:
-            _cut(recorder)
+            _cut(recorder, go_on=len(recorder.logs) > 1)
         finally:
             recorder.logs.pop()
-        if recorder.logs:
+
+
+def _cut(recorder: _Recorder, go_on: bool) -> None:
+    """Hands on what was recorded. No garbage is collected meanwhile, for a release would be missed."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        events = recorder.stop()
+        for log in recorder.logs:
+            log.extend(events)
+        if go_on:
             recorder.start()
-
-
-def _cut(recorder: _Recorder) -> None:
-    events = recorder.stop()
-    for log in recorder.logs:
-        log.extend(events)
-
-
-class _Cuts(TorchFunctionMode):
-    """Empties a recording from time to time, so that a long loop needs no more memory than a short one."""
-
-    def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()
-        self.recorder, self.calls = recorder, 0
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.calls += 1
-        if self.calls % CALLS_BETWEEN_CUTS == 0:
-            _cut(self.recorder)
-            self.recorder.start()
-        return func(*args, **(kwargs or {}))
+    finally:
+        if collects:
+            gc.enable()
 
 
 class _CpuRecorder:

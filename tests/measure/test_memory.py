@@ -1,5 +1,6 @@
 """Memory is counted to the byte: what stays, what was only there for a while, and the largest single buffer."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -123,17 +124,47 @@ def test_measuring_twice_gives_the_same_report():
     assert all(other == first for other in others)
 
 
-@pytest.mark.parametrize("calls", [1, 2, 7])
-def test_a_recording_that_is_emptied_on_the_way_loses_nothing(calls, monkeypatch):
-    def loop():
+@pytest.mark.parametrize("calls", [1, 2, 9])
+def test_a_recording_that_is_emptied_on_the_way_loses_nothing(calls):
+    def loop(emptied):
         kept = [floats(i * KIB) for i in range(1, 40)]
         for i in range(0, 39, 3):
             kept[i] = kept[i] * 2 + kept[(i + 5) % 39][:1]
+            if emptied and i % calls == 0:
+                memory.empty_recordings()
         return kept[::2]
 
-    whole = measure_memory(loop)
-    monkeypatch.setattr(memory, "CALLS_BETWEEN_CUTS", calls)
-    assert measure_memory(loop) == whole
+    assert measure_memory(loop, True) == measure_memory(loop, False)
+
+
+def test_no_garbage_is_collected_while_a_recording_is_emptied(monkeypatch):
+    stop = memory._CpuRecorder.stop
+
+    def collects_when_it_may(recorder):
+        events = stop(recorder)
+        if gc.isenabled():
+            gc.collect()
+        return events
+
+    def cycle():
+        a = [floats(KIB)]
+        a.append(a)
+        del a
+        memory.empty_recordings()
+        gc.collect()
+        return floats(4)
+
+    monkeypatch.setattr(memory._CpuRecorder, "stop", collects_when_it_may)
+    assert measure_memory(cycle).kept_bytes == 4
+
+
+def test_a_compiled_function_is_measured_as_it_is_compiled_already():
+    graphs = []
+    compiled = torch.compile(lambda x: x * 3 + 1, backend=lambda graph, _: graphs.append(graph) or graph)
+    x = floats(KIB)
+    compiled(x)
+    first, second = (measure_memory(compiled, x) for _ in range(2))
+    assert len(graphs) == 1 and first == second
 
 
 def test_a_nested_measurement_counts_its_own_and_is_counted_outside():
