@@ -81,10 +81,11 @@ def progress() -> Table:
     """What you have done, as a table: exercises, questions in words, and each lesson's stops and predictions."""
     done, tasks = notes.read(), list(TASKS.values())
     right = sum(task.name in done for task in tasks)
-    guessed = [name for name in predictions.names() if f"predict {name}" in done]
+    asked = predictions.names()
+    guessed = [name for name in asked if f"predict {name}" in done]
     hits = sum(done[f"predict {name}"] == "right" for name in guessed)
     stops = sum(name in done for name in STOPS)
-    guesses = f"{len(guessed)} of {len(predictions.names())} predictions, {hits} right"
+    guesses = f"{len(guessed)} of {len(asked)} predictions, {hits} right"
     table = Table(title=f"{right} of {len(tasks)} exercises done, {stops} of {len(STOPS)} writing stops, {guesses}")
     for column in ("", "unit", "task", "minutes", "difficulty", "done"):
         table.add_column(column, justify="right" if column == "minutes" else "left")
@@ -99,10 +100,10 @@ def progress() -> Table:
     table.add_section()
     for unit in dict.fromkeys(task.unit for task in STOPS.values()):
         own = [task.name for task in STOPS.values() if task.unit == unit]
-        asked = [name for name in predictions.names() if name.startswith(unit[:2])]
-        written, made = sum(name in done for name in own), len(set(asked) & set(guessed))
-        whole = written == len(own) and made == len(asked)
-        words = f"{written} of {len(own)} stops, {made} of {len(asked)} predictions"
+        here = [name for name in asked if name.startswith(unit[:2])]
+        written, made = sum(name in done for name in own), len(set(here) & set(guessed))
+        whole = written == len(own) and made == len(here)
+        words = f"{written} of {len(own)} stops, {made} of {len(here)} predictions"
         table.add_row("✓" if whole else "·", unit, "in the lesson", "", "", words)
     return table
 

@@ -11,6 +11,7 @@ import random
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 USER, BOT, END, PAD = "<|user|>", "<|bot|>", "<|end|>", "<|pad|>"
 SPECIAL_TOKENS = (PAD, USER, BOT, END)
@@ -179,6 +180,13 @@ class Fact:
         return self.category.answer.format(self.value)
 
 
+class OddWords(NamedTuple):
+    """Words that are no values: how one is made, and their share among the values that do not belong."""
+
+    make: Callable[[random.Random], str]
+    share: float
+
+
 def small_talk(rng: random.Random) -> str:
     """One sentence that says nothing about the person."""
     if rng.random() < 0.75:
@@ -192,7 +200,7 @@ def random_facts(
     count: int,
     held_out: bool = False,
     odd: float = 0.0,
-    odd_word: Callable[[random.Random], str] | None = None,
+    odd_words: OddWords | None = None,
 ) -> list[Fact]:
     """Facts of `count` different categories.
 
@@ -200,24 +208,22 @@ def random_facts(
         held_out: take the pairs that training never shows.
         odd: share of facts with a value that does not belong to its category, or is no word at all. They keep the
             model from learning which values a category has, instead of looking up what was said.
-        odd_word: makes the words; `invented_word` where left out.
+        odd_words: those that are no values; `INVENTED` where left out.
     """
     categories = rng.sample(CATEGORIES, count)
-    return [_fact(rng, category, held_out, odd, odd_word or invented_word) for category in categories]
+    return [_fact(rng, category, held_out, odd, odd_words or INVENTED) for category in categories]
 
 
-def _fact(
-    rng: random.Random, category: Category, held_out: bool, odd: float, odd_word: Callable[[random.Random], str]
-) -> Fact:
+def _fact(rng: random.Random, category: Category, held_out: bool, odd: float, odd_words: OddWords) -> Fact:
     if rng.random() < odd:
-        return Fact(category, odd_value(rng, category, odd_word))
+        return Fact(category, odd_value(rng, category, odd_words))
     return Fact(category, rng.choice(values_of(category, held_out)))
 
 
-def odd_value(rng: random.Random, category: Category, word: Callable[[random.Random], str]) -> str:
+def odd_value(rng: random.Random, category: Category, odd_words: OddWords) -> str:
     """A word that is no value at all, or a value of another category's pool."""
-    if rng.random() < (0.25 if word is invented_word else 0.6):
-        return word(rng)
+    if rng.random() < odd_words.share:
+        return odd_words.make(rng)
     return rng.choice(POOLS[rng.choice([pool for pool in POOLS if pool != category.pool])])
 
 
@@ -240,6 +246,9 @@ def any_word(rng: random.Random) -> str:
         words.append("".join(parts))
     text = " ".join(words)
     return text.title() if rng.random() < 0.7 else text
+
+
+INVENTED, ANY = OddWords(invented_word, 0.25), OddWords(any_word, 0.6)
 
 
 def user_turn(sentences: list[str], rng: random.Random | None = None) -> str:
@@ -270,9 +279,9 @@ def dialogue_with_changes(
     rng: random.Random, max_facts: int, num_sentences: int, num_questions: int, hard: bool = False
 ) -> str:
     """The same, and one fact or two are stated again with another value: what was said last holds."""
-    facts = random_facts(rng, rng.randint(1, max(1, max_facts - 1)), odd=0.4, odd_word=any_word)
+    facts = random_facts(rng, rng.randint(1, max(1, max_facts - 1)), odd=0.4, odd_words=ANY)
     changed = rng.sample(facts, rng.randint(1, min(2, len(facts))))
-    facts += [_fact(rng, fact.category, False, 0.4, any_word) for fact in changed]
+    facts += [_fact(rng, fact.category, False, 0.4, ANY) for fact in changed]
     rng.shuffle(facts)
     return _dialogue(rng, facts, max(num_sentences, len(facts)), num_questions, hard)
 

@@ -142,7 +142,7 @@ def training_batch(tokenizer: Tokenizer, rng: random.Random, progress: float) ->
     """
     reached = [stage for stage in CURRICULUM if stage.start <= progress]
     stage = rng.choice(reached) if rng.random() < 0.125 else reached[-1]
-    return stage_batch(tokenizer, rng, stage, lambda: training_dialogue, hard=progress >= 1)
+    return stage_batch(tokenizer, rng, stage, training_dialogue, hard=progress >= 1)
 
 
 def second_batch(tokenizer: Tokenizer, rng: random.Random, step: int) -> Batch:
@@ -153,19 +153,19 @@ def second_batch(tokenizer: Tokenizer, rng: random.Random, step: int) -> Batch:
     stages = CURRICULUM[1:] if step < 2 * ROUND else (SHORT, *CURRICULUM)
     stage, hard = (CURRICULUM[-1], True) if step % 2 else (rng.choice(stages), False)
 
-    def kind() -> Callable[..., str]:
-        return training_dialogue if rng.random() < 0.35 else dialogue_with_changes
+    def dialogue(*size, **how) -> str:
+        return (training_dialogue if rng.random() < 0.35 else dialogue_with_changes)(*size, **how)
 
-    return stage_batch(tokenizer, rng, stage, kind, hard)
+    return stage_batch(tokenizer, rng, stage, dialogue, hard)
 
 
 def stage_batch(
-    tokenizer: Tokenizer, rng: random.Random, stage: Stage, kind: Callable[[], Callable[..., str]], hard: bool
+    tokenizer: Tokenizer, rng: random.Random, stage: Stage, dialogue: Callable[..., str], hard: bool
 ) -> Batch:
-    """Dialogues of a stage's size, all with as many sentences; `kind` chooses what makes each of them."""
+    """Dialogues of a stage's size, all with as many sentences; `dialogue` makes each of them."""
     num_sentences = rng.randint((stage.max_sentences + stage.max_facts) // 2, stage.max_sentences)
     texts = [
-        kind()(rng, stage.max_facts, num_sentences, stage.num_questions, hard=hard) for _ in range(stage.batch_size)
+        dialogue(rng, stage.max_facts, num_sentences, stage.num_questions, hard=hard) for _ in range(stage.batch_size)
     ]
     ids = [torch.tensor(encoding.ids) for encoding in tokenizer.encode_batch(texts)]
     return shifted(pad_sequence(ids, batch_first=True, padding_value=PAD_ID))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import nbformat
+from nbconvert.preprocessors import ClearOutputPreprocessor
 
 from tools.run_tests import ROOT
 
@@ -31,18 +32,11 @@ def copy_lessons(root: Path) -> list[Path]:
         if not copy.exists():
             copy.parent.mkdir(exist_ok=True)
             part = copy.with_suffix(".part")  # a crash leaves no half of a lesson, which would stay
-            nbformat.write(without_outputs(nbformat.read(path, as_version=4)), part)
+            notebook, _ = ClearOutputPreprocessor().preprocess(nbformat.read(path, as_version=4), {})
+            nbformat.write(notebook, part)
             part.replace(copy)
             made.append(copy)
     return made
-
-
-def without_outputs(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The notebook as nobody has run it."""
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    return notebook
 
 
 if __name__ == "__main__":

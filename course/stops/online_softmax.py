@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from course.tasks.judge import Mistake, as_tuple, call, compare, compare_results
+from course.tasks.mistakes import online_softmax
 from course.tasks.task import Case, NotYet, Task
 
 CAUSE = "exp of a score alone overflows, and so does exp(m_new − m): the rescale is exp(m − m_new), at most 1"
@@ -177,23 +178,9 @@ def output_case(title: str, n: int = 6, *, times: float = 1, order: Callable | N
     return Case(title, judge)
 
 
-def _output_with(
-    *, rescale_l: bool = True, rescale_acc: bool = True, divide: bool = True, inside: bool = False
-) -> Callable:
+def _output_with(**slips: Any) -> Callable[[Tensor, Tensor], Tensor]:
     """The loop with values, and a slip."""
-
-    def answer(row: Tensor, values: Tensor) -> Tensor:
-        m, l, acc = row.new_tensor(-math.inf), row.new_zeros(()), values.new_zeros(values.shape[1])
-        for x, value in zip(row, values, strict=True):
-            m_new = torch.maximum(m, x)
-            rescale, p = (m - m_new).exp(), (x - m_new).exp()
-            l = l * (rescale if rescale_l else 1) + p
-            acc = acc * (rescale if rescale_acc else 1) + p * value
-            acc = acc / l if inside else acc
-            m = m_new
-        return acc / l if divide else acc
-
-    return answer
+    return lambda row, values: online_softmax(row[None], values, 1, **slips)[0][0]
 
 
 OUTPUT_MISTAKES = [
@@ -203,8 +190,10 @@ OUTPUT_MISTAKES = [
         "nothing is rescaled: l and acc were summed under the old m", _output_with(rescale_l=False, rescale_acc=False)
     ),
     Mistake("acc is not divided by l in the end", _output_with(divide=False)),
-    Mistake("acc is divided by l in every step: divide once, in the end", _output_with(inside=True)),
-    Mistake("acc is divided by l in every step: divide once, in the end", _output_with(inside=True, divide=False)),
+    Mistake("acc is divided by l in every step: divide once, in the end", _output_with(divide_inside=True)),
+    Mistake(
+        "acc is divided by l in every step: divide once, in the end", _output_with(divide_inside=True, divide=False)
+    ),
     Mistake(
         "it is the plain average of the values: each counts by exp of its score", lambda row, values: values.mean(0)
     ),

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from course.tasks.cases import LOW, counted, far_below, kind_of_scores, lengths, random_rows
 from course.tasks.hbm import Rows, call_in_tiles
 from course.tasks.judge import Mistake, compare, compare_results
-from course.tasks.mistakes import masked_scores, of_division, of_rescale, of_scale, online_softmax
+from course.tasks.mistakes import masked_scores, of_delta, of_division, of_rescale, of_scale, online_softmax
 from course.tasks.task import Case, NotYet, Task
 from course.tasks.tiling_slips import walk, walk_mistakes
 from minillm.attention.online import OnlineSoftmax
@@ -136,14 +136,14 @@ def _slipped(
     out: Tensor,
     grad_out: Tensor,
     *,
-    delta: Callable[[Tensor, Tensor], Tensor] = lambda products, _: products.sum(-1, keepdim=True),
-    sign: int = 1,
+    sums: Callable[[Tensor, Tensor], Tensor] = lambda products, _: products.sum(-1, keepdim=True),
+    delta: int = 1,
     scale: float = 1,
     through_softmax: bool = True,
 ) -> Tensor:
-    """dS; delta is made of dO ∘ O and P ∘ dP; the options are slips."""
+    """dS; δ sums dO ∘ O, or P ∘ dP, and counts `delta` times; the options are slips."""
     grad_p = grad_out @ v.T
-    difference = grad_p - sign * delta(grad_out * out, P * grad_p)
+    difference = grad_p - delta * sums(grad_out * out, P * grad_p)
     return scale * (P * difference if through_softmax else difference)
 
 
@@ -152,19 +152,18 @@ def _untransposed(P: Tensor, v: Tensor, out: Tensor, grad_out: Tensor) -> Tensor
 
 
 GRAD_MISTAKES = [
-    Mistake("δ is forgotten: dS = P ∘ (dP − δ), with δ the sum of dO · O in each row", partial(_slipped, sign=0)),
-    Mistake("δ is added: dS = P ∘ (dP − δ)", partial(_slipped, sign=-1)),
+    *of_delta(_slipped),
     Mistake(
         "δ is the sum of P ∘ dP over this tile's keys: it goes over all keys, and Σ dO · O is that sum",
-        partial(_slipped, delta=lambda _, of_tile: of_tile.sum(-1, keepdim=True)),
+        partial(_slipped, sums=lambda _, of_tile: of_tile.sum(-1, keepdim=True)),
     ),
     Mistake(
         "δ is one number for all queries: each row has its own, the sum of its dO · O",
-        partial(_slipped, delta=lambda products, _: products.sum()),
+        partial(_slipped, sums=lambda products, _: products.sum()),
     ),
     Mistake(
         "δ is the mean of dO · O over a row: it is the sum",
-        partial(_slipped, delta=lambda products, _: products.mean(-1, keepdim=True)),
+        partial(_slipped, sums=lambda products, _: products.mean(-1, keepdim=True)),
     ),
     Mistake("P is missing: dS = P ∘ (dP − δ)", partial(_slipped, through_softmax=False)),
     Mistake(

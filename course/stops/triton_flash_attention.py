@@ -14,7 +14,7 @@ from course.tasks.cases import counted, kind_of_scores, random_rows
 from course.tasks.judge import Mistake, call, compare_results
 from course.tasks.task import Case, Task
 from course.tasks.triton_flash_attention import APART, rows_apart
-from course.tasks.triton_slips import SHRINK, forward_walk, inside, whole_tile, window_attention
+from course.tasks.triton_slips import OF_RESCALE, OF_SCALE, OF_WHOLE_TILE, inside, window_attention, with_slips
 
 UNIT = "05_triton_flash_attention"
 
@@ -103,39 +103,25 @@ NAN_LOOPED = (
 )
 
 
-def _slip(**slips: Any) -> Callable[..., Tensor]:
-    return lambda *inputs: forward_walk(*inputs, **slips)
-
-
-def _scaled(scale: Callable[[int], float]) -> Callable[..., Tensor]:
-    return lambda q, k, v, left, right, _, block: forward_walk(q, k, v, left, right, scale(q.shape[1]), block)
-
-
 LOOP_MISTAKES = [
     Mistake(
         "the tail is not masked: keys from n on are loaded as 0, and their score must be −∞, not 0",
-        _slip(sees=lambda keys, first, last, j: keys > -1),
+        with_slips(sees=lambda keys, first, last, j: keys > -1),
     ),
     Mistake(
         "the tail's mask is off by one: keys j + tl.arange(0, B) < n are there",
-        _slip(sees=lambda keys, first, last, j: inside(keys, first, last + 1, j)),
+        with_slips(sees=lambda keys, first, last, j: inside(keys, first, last + 1, j)),
     ),
     Mistake(
         "the tail's mask is off by one: key n - 1 is there too",
-        _slip(sees=lambda keys, first, last, j: inside(keys, first, last - 1, j)),
+        with_slips(sees=lambda keys, first, last, j: inside(keys, first, last - 1, j)),
     ),
-    Mistake(f"acc is not rescaled: {SHRINK}, acc as well as l", _slip(rescaled="l")),
-    Mistake(f"l is not rescaled: {SHRINK}, l as well as acc", _slip(rescaled="acc")),
-    Mistake(f"nothing is rescaled: {SHRINK}, l and acc of all keys before", _slip(rescaled="")),
-    Mistake("m is not carried on: only the last tile counts. Is m = m_new missing?", _slip(carried=False)),
-    Mistake("the scale is forgotten: multiply the scores by `scale`", _scaled(lambda d: 1.0)),
-    Mistake("the scale is D ** -0.5: multiply the scores by the argument `scale`", _scaled(lambda d: d**-0.5)),
-    Mistake("the exponentials are in base 2: tl.exp, or exp2 of scores · log2(e)", _slip(bases=(2, 2))),
-    Mistake("acc is divided by l already: the last line divides, once", _slip(divided="tile")),
-    Mistake(
-        "the largest score is that of the whole tile: each query has its own, tl.max(scores, 1)",
-        whole_tile,
-    ),
+    *OF_RESCALE,
+    Mistake("m is not carried on: only the last tile counts. Is m = m_new missing?", with_slips(carried=False)),
+    *OF_SCALE,
+    Mistake("the exponentials are in base 2: tl.exp, or exp2 of scores · log2(e)", with_slips(bases=(2, 2))),
+    Mistake("acc is divided by l already: the last line divides, once", with_slips(divided="tile")),
+    OF_WHOLE_TILE,
 ]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from course.tasks.judge import call
+from course.tasks.judge import as_tuple, call
 from course.tasks.task import NotYet
 
 READ_TOO_FAR = "a slot behind the row's length was read: what lies there means nothing"
@@ -59,8 +59,7 @@ def judge_beside_nan(
         judge: called with inputs, the answer's result, and what to ask where the mistake has no name.
     """
     if got[0].isnan().any():
-        again = call(function, *finite)
-        again = tuple(again) if isinstance(again, (tuple, list)) else (again,)
+        again = as_tuple(call(function, *finite))
         if not again[0].isnan().any():  # so the NaN came from the slots
             judge(finite, again, READ_TOO_FAR)
             raise NotYet(ZERO_TIMES_NAN)

@@ -82,7 +82,7 @@ def watched() -> Iterator[Seen]:
         return dot(*arguments, **named)
 
     def create_masked_load(builder: Any, pointers: Any, mask: Any, other: Any, *rest: Any, **named: Any) -> Any:
-        wanted = np.asarray(mask if isinstance(mask, np.ndarray) else mask.data)  # a block pointer's mask is an array
+        wanted = _wanted(mask)
         seen.loaded += int(wanted.sum())
         result = load(builder, pointers, mask, other, *rest, **named)
         if other is None and result.data.dtype.kind == "f":
@@ -107,7 +107,7 @@ def guarded(**tensors: Tensor) -> Iterator[list[Tensor]]:
     load = InterpreterBuilder.create_masked_load
 
     def create_masked_load(builder: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
-        wanted = np.asarray(mask if isinstance(mask, np.ndarray) else mask.data)
+        wanted = _wanted(mask)
         _refuse_strangers(np.broadcast_to(pointers.data, wanted.shape)[wanted], memory)
         return load(builder, pointers, mask, *rest, **named)
 
@@ -116,6 +116,11 @@ def guarded(**tensors: Tensor) -> Iterator[list[Tensor]]:
         yield copies
     finally:
         InterpreterBuilder.create_masked_load = load
+
+
+def _wanted(mask: Any) -> np.ndarray:
+    """Which numbers a load asks for; a block pointer's mask is an array already."""
+    return np.asarray(mask if isinstance(mask, np.ndarray) else mask.data)
 
 
 def _with_guard(x: Tensor) -> Tensor:

@@ -166,12 +166,13 @@ def _turned_by_tile(x: Tensor, block: int) -> Tensor:
     return tiles.transpose(1, 3).reshape(x.shape)
 
 
-def _forward(**slips: Any) -> Callable[..., Tensor]:
+def with_slips(**slips: Any) -> Callable[..., Tensor]:
+    """`forward_walk` with these slips."""
     return lambda *inputs: forward_walk(*inputs, **slips)
 
 
 def _seen_where(sees: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return _forward(sees=sees)
+    return with_slips(sees=sees)
 
 
 def _other_scale(factor: Callable[[int], float]) -> Callable[..., Tensor]:
@@ -190,6 +191,19 @@ def whole_tile(*inputs: Any) -> Tensor:
 
 
 SHRINK = "when the largest score rises, what was summed before must shrink"
+# These the lesson's own loop can have too.
+OF_RESCALE = [
+    Mistake(f"acc is not rescaled: {SHRINK}, acc as well as l", with_slips(rescaled="l")),
+    Mistake(f"l is not rescaled: {SHRINK}, l as well as acc", with_slips(rescaled="acc")),
+    Mistake(f"nothing is rescaled: {SHRINK}, l and acc of all keys before", with_slips(rescaled="")),
+]
+OF_SCALE = [
+    Mistake("the scale is forgotten: multiply the scores by `scale`", _other_scale(lambda d: 1.0)),
+    Mistake("the scale is D ** -0.5: multiply the scores by the argument `scale`", _other_scale(lambda d: d**-0.5)),
+]
+OF_WHOLE_TILE = Mistake(
+    "the largest score is that of the whole tile: each query has its own, tl.max(scores, 1)", whole_tile
+)
 FORWARD_MISTAKES = [
     Mistake(
         "no key is hidden: the score of key j must be −∞ unless first ≤ j ≤ last, in the tail too",
@@ -221,26 +235,25 @@ FORWARD_MISTAKES = [
         "your mask is off by one: each query sees a key before first",
         _seen_where(lambda keys, first, last, j: inside(keys, first - 1, last, j)),
     ),
-    Mistake("a hidden key has score 0: it must be −∞, so that its weight is 0", _forward(hidden=0.0)),
+    Mistake("a hidden key has score 0: it must be −∞, so that its weight is 0", with_slips(hidden=0.0)),
     Mistake(
         "a hidden key has a low score and not −∞: a query that sees no key gets a mean of V, and must get 0",
-        _forward(hidden=-1e30),
+        with_slips(hidden=-1e30),
     ),
-    Mistake(f"acc is not rescaled: {SHRINK}, acc as well as l", _forward(rescaled="l")),
-    Mistake(f"l is not rescaled: {SHRINK}, l as well as acc", _forward(rescaled="acc")),
-    Mistake(f"nothing is rescaled: {SHRINK}, l and acc of all keys before", _forward(rescaled="")),
+    *OF_RESCALE,
     Mistake(
-        "m is not carried on: only the last tile counts, because each one starts from m = −∞", _forward(carried=False)
+        "m is not carried on: only the last tile counts, because each one starts from m = −∞", with_slips(carried=False)
     ),
-    Mistake("the scale is forgotten: multiply the scores by `scale`", _other_scale(lambda d: 1.0)),
-    Mistake("the scale is D ** -0.5: multiply the scores by the argument `scale`", _other_scale(lambda d: d**-0.5)),
-    Mistake("the exponentials are in base 2: multiply the scores by log2(e) first, or use exp", _forward(bases=(2, 2))),
-    Mistake("P is in base 2, and the rescaling is in base e: one base for both", _forward(bases=(2, math.e))),
-    Mistake("P is in base e, and the rescaling is in base 2: one base for both", _forward(bases=(math.e, 2))),
-    Mistake("acc is divided by l already: the program divides, once, at the end", _forward(divided="tile")),
-    Mistake("acc is divided by l already: the program divides, once, at the end", _forward(divided="twice")),
-    Mistake("the last keys are missing: the loop runs to stop, the tail included", _forward(tail="walk")),
-    Mistake("the last keys are missing: the loop runs to stop, the tail included", _forward(tail="keys")),
+    *OF_SCALE,
+    Mistake(
+        "the exponentials are in base 2: multiply the scores by log2(e) first, or use exp", with_slips(bases=(2, 2))
+    ),
+    Mistake("P is in base 2, and the rescaling is in base e: one base for both", with_slips(bases=(2, math.e))),
+    Mistake("P is in base e, and the rescaling is in base 2: one base for both", with_slips(bases=(math.e, 2))),
+    Mistake("acc is divided by l already: the program divides, once, at the end", with_slips(divided="tile")),
+    Mistake("acc is divided by l already: the program divides, once, at the end", with_slips(divided="twice")),
+    Mistake("the last keys are missing: the loop runs to stop, the tail included", with_slips(tail="walk")),
+    Mistake("the last keys are missing: the loop runs to stop, the tail included", with_slips(tail="keys")),
     Mistake(
         lambda *inputs: (
             f"row j of k and v is read at j * {inputs[-1]}: it lies at j * D, here j * {inputs[0].shape[1]}"
@@ -250,10 +263,7 @@ FORWARD_MISTAKES = [
     Mistake(
         "the loop steps by D: a tile has BLOCK keys", lambda *inputs: forward_walk(*inputs, step=inputs[0].shape[1])
     ),
-    Mistake(
-        "the largest score is that of the whole tile: each query has its own, tl.max(scores, 1)",
-        whole_tile,
-    ),
+    OF_WHOLE_TILE,
 ]
 
 
